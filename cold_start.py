@@ -1,0 +1,309 @@
+"""Supervised warm-up: teach a model the task's language before reinforcement learning starts.
+
+    python cold_start.py --from-scratch --out tiny         # makes the bundled tiny model
+    python cold_start.py --model MODEL --out DIR           # starts from any Qwen2.5-VL
+
+The answers it trains on are synthetic: shape, dimensions, formula, area. A share of them is
+sloppy on purpose (missing decimals, missing tags, chatter), so that the format is left for GRPO
+to teach, as it is with an instruct model.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import optimi
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from policy import DTYPES, Loaded, ModelError, completion_logprobs, encode, load, place
+from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
+from shapes import Example, Shape, ShapeSpec, check_image_size, make_example
+
+DESCRIPTIONS = {
+    "rectangle": "rectangle, width {width:.0f}, height {height:.0f}: width * height",
+    "circle": "circle, diameter {width:.0f}: pi * (diameter / 2)^2",
+    "square": "square, side {width:.0f}: side * side",
+    "triangle": "triangle, base {width:.0f}, height {height:.0f}: base * height / 2",
+}
+TIDY = "<{tag}>{reasoning}</{tag}><answer>{area:.2f}</answer>"
+SLOPPY = (
+    "<{tag}>{reasoning}</{tag}><answer>{area:.0f}</answer>",
+    "<{tag}>{reasoning}</{tag}><answer>{area:.1f}</answer>",
+    "<{tag}>{reasoning}</{tag}><answer>{area:.2f} square units</answer>",
+    "{reasoning}<answer>{area:.2f}</answer>",
+    "{reasoning}<answer>{area:.0f}</answer>",
+    "<{tag}>{reasoning}</{tag}><answer>{area:.2f}</answer> square units",
+    "<{tag}>{reasoning}<answer>{area:.1f}</answer>",
+)
+SECOND_TAG_EVERY = 4  # batches: the other reasoning tag is taught too, in every fourth
+CHAT_TEMPLATE = (  # the format of Qwen2.5-VL's own template, without tools and videos
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>")
+SPECIAL_TOKENS += ("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+# --- the synthetic answers --------------------------------------------------------------
+
+
+def synthetic_answer(
+    shape: Shape,
+    *,
+    reasoning_tag: str,
+    sloppy: float,
+    area_noise: float,
+    rng: np.random.Generator,
+) -> str:
+    """Return an answer whose format is off with probability `sloppy`.
+
+    Its area is off by a factor exp(area_noise * z), z standard normal.
+
+    >>> shape = Shape("square", 20.0, 20.0, (25, 25), (), (0, 0, 0))
+    >>> rng = np.random.default_rng(0)
+    >>> synthetic_answer(shape, reasoning_tag="think", sloppy=0.0, area_noise=0.0, rng=rng)
+    '<think>square, side 20: side * side</think><answer>400.00</answer>'
+    """
+    style = SLOPPY[rng.integers(len(SLOPPY))] if rng.uniform() < sloppy else TIDY
+    reasoning = DESCRIPTIONS[shape.kind].format(width=shape.width, height=shape.height)
+    area = shape.area * math.exp(area_noise * rng.standard_normal())
+    return style.format(tag=reasoning_tag, reasoning=reasoning, area=area)
+
+
+def encode_answers(tokenizer, answers: list[str], device: str) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, (rows, C) each: every answer ends in the tokenizer's stop token."""
+    rows = [torch.tensor([*tokenizer.encode(answer), tokenizer.eos_token_id]) for answer in answers]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
+
+
+# --- the tiny model ---------------------------------------------------------------------
+
+
+def tiny_tokenizer() -> Qwen2Tokenizer:
+    """Return a Qwen2 tokenizer of a few hundred tokens: digits one by one, bytes for what is rare.
+
+    Each fixed sentence of the prompt is one token, which keeps the tiny model's context short.
+    """
+    rng = np.random.default_rng(0)
+    spec = ShapeSpec(min_size=5.0, max_size=35.0)
+    shapes = [make_example(spec, seed=0, split="cold_start", index=i).shape for i in range(500)]
+    answers = [
+        synthetic_answer(shape, reasoning_tag=tag, sloppy=0.5, area_noise=0.4, rng=rng)
+        for shape in shapes
+        for tag in REASONING_TAGS
+    ]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        [*answers, *map(make_prompt, REASONING_TAGS), "system\nuser\nassistant\n"] * 3,
+        vocab_size=512,
+        new_special_tokens=list(SPECIAL_TOKENS),
+    )
+    instructions = SYSTEM_MESSAGE + " " + PROMPT.splitlines()[0]
+    sentences = re.split(r"(?<=[.?]) ", instructions)
+    tokenizer.add_tokens([AddedToken(sentence, normalized=False) for sentence in sentences])
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    return tokenizer
+
+
+def tiny_model(seed: int) -> Loaded:
+    """Return a randomly initialised Qwen2.5-VL of 2.8 million parameters, and its processor."""
+    tokenizer = tiny_tokenizer()
+    token_id = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [4, 6, 6],  # of head_dim / 2 = 16 frequencies
+            },
+            "bos_token_id": None,
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "out_hidden_size": 192,
+            "fullatt_block_indexes": [1, 3],
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[token_id("<|im_end|>"), token_id("<|endoftext|>")],
+        pad_token_id=token_id("<|endoftext|>"),
+    )
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
+    )
+    return Loaded(model, None, processor)
+
+
+# --- training ---------------------------------------------------------------------------
+
+
+def example_batches(
+    spec: ShapeSpec, *, steps: int, batch_size: int, seed: int, image_size: int
+) -> Iterator[list[Example]]:
+    """Yield the batches of the "cold_start" split: never an example of training or evaluation."""
+    for step in range(steps):
+        yield [
+            make_example(spec, seed=seed, split="cold_start", index=i, image_size=image_size)
+            for i in range(step * batch_size, (step + 1) * batch_size)
+        ]
+
+
+def supervise(loaded: Loaded, batches: Iterator[list[Example]], args: argparse.Namespace) -> None:
+    """Train the policy in place on synthetic answers: cross-entropy over all answer tokens."""
+    model, processor = loaded.policy, loaded.processor
+    optimizer = optimi.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    progress = tqdm(batches, total=args.steps, unit="step", desc="cold start")
+    for step, examples in enumerate(progress):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warmup_cosine(step, args.steps)
+        tag = REASONING_TAGS[step % SECOND_TAG_EVERY == SECOND_TAG_EVERY - 1]
+        rng = np.random.default_rng([args.seed, step])
+        answers = [
+            synthetic_answer(
+                example.shape,
+                reasoning_tag=tag,
+                sloppy=args.sloppy,
+                area_noise=args.area_noise,
+                rng=rng,
+            )
+            for example in examples
+        ]
+        images = [example.image for example in examples]
+        device = str(model.device)
+        prompts = encode(
+            processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt(tag), device=device
+        )
+        ids, mask = encode_answers(processor.tokenizer, answers, device)
+        logprobs, _ = completion_logprobs(model, prompts, ids, mask, temperature=1.0)
+        loss = -logprobs.sum() / mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """Return the learning rate's factor: up over the first 5 %, then a half cosine down to 0."""
+    warmup = max(1, steps // 20)
+    return min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def save(loaded: Loaded, folder: Path, dtype: str) -> None:
+    """Write model and processor in Hugging Face format, the weights rounded to `dtype`."""
+    for parameter in loaded.policy.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    loaded.policy.config.dtype = dtype
+    loaded.policy.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description="Supervised warm-up on synthetic answers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--from-scratch", action="store_true", help="make the tiny model")
+    start.add_argument("--model", metavar="MODEL", help="folder or hub id to start from")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers a step")
+    parser.add_argument("--lr", type=float, metavar="X", help="1e-3 from scratch, else 1e-5")
+    parser.add_argument("--sloppy", type=float, default=0.5, metavar="X", help="share of answers")
+    parser.add_argument(
+        "--area-noise", type=float, default=0.4, metavar="X", help="std of the log of the areas"
+    )
+    parser.add_argument("--min-size", type=float, default=5.0, metavar="X", help="grid units")
+    parser.add_argument("--max-size", type=float, default=35.0, metavar="X", help="grid units")
+    parser.add_argument("--max-rotation", type=float, default=45.0, metavar="X", help="degrees")
+    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="pixels")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and examples")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make a folder with a warmed-up model."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        spec = ShapeSpec(args.min_size, args.max_size, args.max_rotation)
+        check_image_size(args.image_size)
+        if args.out.exists():
+            raise ValueError(f"--out {args.out}: exists already; give a new folder")
+        if args.from_scratch:
+            loaded, args.lr = tiny_model(args.seed), args.lr or 1e-3
+        else:
+            loaded, args.lr = load_for_training(args), args.lr or 1e-5
+    except (ValueError, ModelError) as error:
+        parser.error(str(error))
+    batches = example_batches(
+        spec,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        image_size=args.image_size,
+    )
+    supervise(loaded, batches, args)
+    save(loaded, args.out, "bfloat16")
+    print(f"{args.out}: saved, loadable with from_pretrained")
+
+
+def load_for_training(args: argparse.Namespace) -> Loaded:
+    """Return the model of `--model`, placed for training."""
+    device, dtype = place(
+        args.model,
+        device=args.device,
+        training=True,
+        command_that_runs="python cold_start.py --from-scratch --out DIR",
+    )
+    return load(args.model, device=device, dtype=dtype)
+
+
+if __name__ == "__main__":
+    main()

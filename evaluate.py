@@ -1,0 +1,305 @@
+"""Held-out evaluation: greedy answers to examples that training never sees, judged and broken down.
+
+python evaluate.py RUN_OR_MODEL
+python evaluate.py runs/tiny --rotate --examples 512 --json rotated.json
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from policy import (
+    ModelError,
+    completion_texts,
+    encode,
+    generate,
+    load,
+    place,
+    stop_ids,
+)
+from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
+from shapes import KINDS, Shape, ShapeSpec, check_image_size, make_example
+
+Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
+SIZE_THIRDS = ("small", "medium", "large")  # thirds of the examples, by true area
+COLUMNS = {  # of the table: heading and key of `summarize`
+    "n": "examples",
+    "area": "area_correctness_reward",
+    "decimals": "area_format_reward",
+    "xml": "xml_format_reward",
+    "mean err": "relative_error_mean",
+    "median err": "relative_error_median",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One held-out example with the model's answer."""
+
+    shape: Shape
+    text: str
+    reward: Reward
+
+
+# --- answers ----------------------------------------------------------------------------
+
+
+def evaluate(
+    model,
+    processor,
+    spec: ShapeSpec,
+    *,
+    examples: int,
+    seed: int,
+    image_size: int,
+    reasoning_tag: str,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[Answer]:
+    """Yield the model's answers to the first `examples` of the "eval" split, decoded greedily."""
+    prompt = make_prompt(reasoning_tag)
+    for start in range(0, examples, batch_size):
+        batch = [
+            make_example(spec, seed=seed, split="eval", index=i, image_size=image_size)
+            for i in range(start, min(start + batch_size, examples))
+        ]
+        completions = generate(
+            model,
+            encode(
+                processor,
+                [example.image for example in batch],
+                system=SYSTEM_MESSAGE,
+                prompt=prompt,
+                device=model.device,
+            ),
+            group_size=1,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            pad_id=processor.tokenizer.pad_token_id,
+        )
+        texts = completion_texts(processor, completions, stop_ids(model))
+        for example, text in zip(batch, texts, strict=True):
+            reward = score(text, example.area, reasoning_tag=reasoning_tag)
+            yield Answer(example.shape, text, reward)
+
+
+# --- numbers ----------------------------------------------------------------------------
+
+
+def summarize(answers: list[Answer]) -> dict[str, float]:
+    """Return means, medians and shares of some answers; shares come with 95 % Wilson intervals."""
+    rewards = [answer.reward for answer in answers]
+    errors = [reward.relative_error for reward in rewards]
+    return {
+        "examples": len(answers),
+        "area_correctness_reward": statistics.fmean(r.area_correctness for r in rewards),
+        "area_format_reward": statistics.fmean(r.area_format for r in rewards),
+        "xml_format_reward": statistics.fmean(r.xml_format for r in rewards),
+        "relative_error_mean": statistics.fmean(errors),
+        "relative_error_median": statistics.median(errors),
+        **share("within_5_percent", [error <= 0.05 for error in errors]),
+        **share("within_10_percent", [error <= 0.10 for error in errors]),
+        **share("two_decimals", [r.area_format > 0 for r in rewards]),
+        **share("strict_xml", [r.xml_format > 0 for r in rewards]),
+        **share("readable", [r.predicted is not None for r in rewards]),
+    }
+
+
+def share(name: str, hits: list[bool]) -> dict[str, float]:
+    """Return the share of hits and its interval as `name`, `name_low`, `name_high`."""
+    low, high = wilson_interval(sum(hits), len(hits))
+    return {name: sum(hits) / len(hits), f"{name}_low": low, f"{name}_high": high}
+
+
+def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927, without continuity correction).
+
+    >>> low, high = wilson_interval(8, 10)
+    >>> round(low, 4), round(high, 4)
+    (0.4902, 0.9433)
+    """
+    p, z2 = hits / trials, Z_95**2
+    center = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) * Z_95 / (1 + z2 / trials)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def groups_of(answers: list[Answer]) -> dict[str, list[Answer]]:
+    """Return the answers as a whole, by class, and by third of the true area; no group is empty."""
+    by_area = sorted(answers, key=lambda answer: answer.shape.area)
+    cuts = [len(answers) * third // 3 for third in range(4)]
+    groups = {"all": answers}
+    groups |= {kind: [a for a in answers if a.shape.kind == kind] for kind in KINDS}
+    for name, low, high in zip(SIZE_THIRDS, cuts, cuts[1:], strict=False):
+        groups[name] = by_area[low:high]
+    return {name: group for name, group in groups.items() if group}
+
+
+def table(summaries: dict[str, dict[str, float]]) -> str:
+    """Return the summaries as aligned lines, shares in percent with their intervals."""
+    lines = [f"{'':10}" + "".join(f"{heading:>11}" for heading in COLUMNS)]
+    lines[0] += f"{'within 5 %':>20}{'within 10 %':>20}"
+    for name, summary in summaries.items():
+        cells = [summary[key] for key in COLUMNS.values()]
+        line = f"{name:10}" + "".join(
+            f"{cell:>11}" if isinstance(cell, int) else f"{cell:>11.3f}" for cell in cells
+        )
+        for key in ("within_5_percent", "within_10_percent"):
+            value, low, high = (100 * summary[key + end] for end in ("", "_low", "_high"))
+            line += f"{value:>8.1f} ({low:4.1f}-{high:4.1f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# --- picture ----------------------------------------------------------------------------
+
+
+def draw(answers: list[Answer], path: Path, *, title: str) -> None:
+    """Write a picture: predicted against true area, one colour per class, unread answers named."""
+    figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    limit = 1.05 * max(answer.shape.area for answer in answers)
+    axes.plot([0, limit], [0, limit], color="0.6", linewidth=1, label="exact")
+    for kind in KINDS:
+        read = [a for a in answers if a.shape.kind == kind and a.reward.predicted is not None]
+        true = [answer.shape.area for answer in read]
+        predicted = [min(max(answer.reward.predicted, 0.0), limit) for answer in read]
+        axes.scatter(true, predicted, s=14, alpha=0.7, label=f"{kind} ({len(read)})", clip_on=False)
+    unread = sum(answer.reward.predicted is None for answer in answers)
+    axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal", title=title)
+    axes.set_xlabel("true area, square grid units")
+    axes.set_ylabel(f"predicted area (beyond the frame: on its edge; no number: {unread})")
+    axes.legend(loc="upper left")
+    figure.savefig(path)
+
+
+# --- command ----------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line. Task flags left out are those of the run, or the defaults."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description="Evaluate a run's final model, or any Qwen2.5-VL, on held-out examples. "
+        "Task flags that are left out are the run's own.",
+    )
+    parser.add_argument("target", metavar="RUN_OR_MODEL", help="run folder, model folder or hub id")
+    number = {"type": float, "metavar": "X"}
+    count = {"type": int, "metavar": "N"}
+    parser.add_argument("--min-size", **number, help="smallest dimension, grid units")
+    parser.add_argument("--max-size", **number, help="largest dimension, grid units")
+    parser.add_argument("--rotate", action=argparse.BooleanOptionalAction, help="turn the shapes")
+    parser.add_argument("--max-rotation", **number, help="largest turn to either side, degrees")
+    parser.add_argument("--image-size", **count, help="pixels, a multiple of 28")
+    parser.add_argument(
+        "--reasoning-tag", choices=REASONING_TAGS, help="tag asked for and rewarded"
+    )
+    parser.add_argument("--seed", **count, help="of the examples")
+    parser.add_argument("--max-new-tokens", **count, help="limit of an answer")
+    parser.add_argument("--examples", **count, default=256, help="held-out examples; default: 256")
+    parser.add_argument("--batch-size", **count, default=32, help="examples at once; default: 32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="default: evaluation.png in the run folder or here",
+    )
+    return parser
+
+
+DEFAULTS = {  # for a model that comes without a run
+    "min_size": 20.0,
+    "max_size": 35.0,
+    "rotate": False,
+    "max_rotation": 45.0,
+    "image_size": 224,
+    "reasoning_tag": "reasoning",
+    "seed": 0,
+    "max_new_tokens": 512,
+}
+
+
+def settle(args: argparse.Namespace) -> str:
+    """Fill in the flags that were left out, in place, and return the model to load.
+
+    Raises `ValueError` for a run without a final model, and for values out of range.
+    """
+    folder = Path(args.target)
+    model, settings = args.target, DEFAULTS
+    if (folder / "metrics.jsonl").exists():
+        if not (folder / "final").is_dir():
+            raise ValueError(f"{folder}: this run has no final/ model yet")
+        model, settings = str(folder / "final"), DEFAULTS | run_config(folder)
+    for name in DEFAULTS:
+        if getattr(args, name) is None:
+            setattr(args, name, settings[name])
+    for name, least in {"examples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}.items():
+        if getattr(args, name) < least:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}")
+    check_image_size(args.image_size)
+    args.plot = args.plot or (folder if model != args.target else Path()) / "evaluation.png"
+    for path in (args.json, args.plot):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: the folder does not exist")
+    return model
+
+
+def run_config(folder: Path) -> dict:
+    """Return the knobs a run was started with. Raises `ValueError` if they cannot be read."""
+    try:
+        return json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: not readable: {error}") from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Evaluate, print the table, write the picture and, if asked, the numbers."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        model = settle(args)
+        rotation = args.max_rotation if args.rotate else 0.0
+        spec = ShapeSpec(args.min_size, args.max_size, rotation)
+        device, dtype = place(
+            model, device=args.device, command_that_runs="python evaluate.py tiny"
+        )
+        loaded = load(model, device=device, dtype=dtype)
+    except (ValueError, ModelError) as error:
+        parser.error(str(error))
+    answers = evaluate(
+        loaded.policy,
+        loaded.processor,
+        spec,
+        examples=args.examples,
+        seed=args.seed,
+        image_size=args.image_size,
+        reasoning_tag=args.reasoning_tag,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+    )
+    answers = list(tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False))
+    summaries = {name: summarize(group) for name, group in groups_of(answers).items()}
+    print(f"{args.target}: {spec}, relative errors are capped at 1")
+    print(table(summaries))
+    draw(answers, args.plot, title=args.target)
+    print(f"picture: {args.plot}")
+    if args.json:
+        report = {"target": args.target, "arguments": vars(args), "summaries": summaries}
+        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+        print(f"numbers: {args.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Group Relative Policy Optimization, by hand, in reading order: rollout, advantages, loss, update.
+
+Nothing here knows the task: the prompts and the reward function come in as arguments.
+
+Dimension legend, for every comment that shows a shape:
+    Q  prompts per step
+    G  completions per prompt, the group
+    B  = Q * G rows, group-major: row b belongs to prompt b // G
+    P  prompt tokens, equal for all prompts
+    C  completion tokens, right-padded to the longest of the step
+
+References:
+    GRPO     Shao et al. 2024, DeepSeekMath, arXiv:2402.03300
+    DAPO     Yu et al. 2025, arXiv:2503.14476
+    Dr. GRPO Liu et al. 2025, Understanding R1-Zero-Like Training, arXiv:2503.20783
+    k3       Schulman 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html
+    PPO      Schulman et al. 2017, arXiv:1707.06347 (the clipped ratio)
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from policy import Prompts, completion_logprobs, completion_texts, generate, stop_ids
+
+LOSSES = ("grpo", "dapo", "dr_grpo")
+STD_EPS = 1e-4  # added to the group's standard deviation
+MAX_LOG_RATIO = 20.0  # bound on a log-ratio before exp: e^20 is finite in fp32 and means "far off"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One step's completions, with everything the loss needs to know about them."""
+
+    prompts: Prompts  # Q of them
+    completion_ids: Tensor  # (B, C)
+    completion_mask: Tensor  # (B, C) bool, true up to and including the stop token
+    sampled_logprobs: Tensor  # (B, C) fp32, recorded while sampling
+    truncated: Tensor  # (B,) bool: no stop token within the limit
+    texts: list[str]  # B
+    rewards: list  # B, whatever the reward function returned
+    advantages: Tensor  # (Q, G)
+    ref_logprobs: Tensor | None = None  # (B, C) under the reference; None when beta is 0
+    old_logprobs: Tensor | None = (
+        None  # (B, C) before the first update; None while they are current
+    )
+
+    def micro_batches(self, size: int) -> Iterator["Rollout"]:
+        """Yield the rollout in parts of `size` prompts with all their completions."""
+        group_size = self.advantages.shape[1]
+        for start in range(0, len(self.prompts), size):
+            some = slice(start, start + size)
+            rows = slice(start * group_size, (start + size) * group_size)
+            yield Rollout(
+                prompts=self.prompts[some],
+                completion_ids=self.completion_ids[rows],
+                completion_mask=self.completion_mask[rows],
+                sampled_logprobs=self.sampled_logprobs[rows],
+                truncated=self.truncated[rows],
+                texts=self.texts[rows],
+                rewards=self.rewards[rows],
+                advantages=self.advantages[some],
+                ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows],
+                old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
+            )
+
+
+# --- rollout ----------------------------------------------------------------------------
+
+
+def collect_rollout(
+    policy,
+    processor,
+    prompts: Prompts,
+    reward_fn: Callable[[str, int], object],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    divide_by_std: bool,
+    generator: torch.Generator,
+) -> Rollout:
+    """Return G sampled completions of each prompt with their rewards and advantages.
+
+    `reward_fn(text, q)` judges one completion of prompt q; its result's `total` is the reward.
+    """
+    completions = generate(
+        policy,
+        prompts,
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        pad_id=processor.tokenizer.pad_token_id,
+        generator=generator,
+    )
+    texts = completion_texts(processor, completions, stop_ids(policy))
+    rewards = [reward_fn(text, row // group_size) for row, text in enumerate(texts)]
+    totals = torch.tensor([reward.total for reward in rewards], device=completions.ids.device)
+    return Rollout(
+        prompts=prompts,
+        completion_ids=completions.ids,
+        completion_mask=completions.mask,
+        sampled_logprobs=completions.logprobs,
+        truncated=completions.truncated,
+        texts=texts,
+        rewards=rewards,
+        advantages=group_advantages(totals.view(-1, group_size), divide_by_std=divide_by_std),
+    )
+
+
+@torch.no_grad()
+def score_reference(
+    reference, rollout: Rollout, *, micro_batch: int, temperature: float
+) -> Rollout:
+    """Return the rollout with the log-probs of its tokens under the frozen reference."""
+    scored = [
+        completion_logprobs(
+            reference,
+            part.prompts,
+            part.completion_ids,
+            part.completion_mask,
+            temperature=temperature,
+        )[0]
+        for part in rollout.micro_batches(micro_batch)
+    ]
+    return replace(rollout, ref_logprobs=torch.cat(scored))
+
+
+# --- advantages -------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, *, divide_by_std: bool = True) -> Tensor:
+    """Return `(r - mean(group)) / (std(group) + 1e-4)`, (Q, G), from rewards of that shape.
+
+    The sample standard deviation (G - 1); Dr. GRPO does not divide by it. A group of equal rewards
+    gives exactly zero: rounding of the mean must not be blown up into a signal.
+
+    >>> group_advantages(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]), divide_by_std=False)
+    tensor([[-1.,  0.,  1.],
+            [ 0.,  0.,  0.]])
+    """
+    centered = rewards - rewards.mean(1, keepdim=True)
+    scale = rewards.std(1, keepdim=True) + STD_EPS if divide_by_std else 1.0
+    return torch.where(has_spread(rewards)[:, None], centered / scale, 0.0)
+
+
+def has_spread(rewards: Tensor) -> Tensor:
+    """Return, (Q,), whether a group's rewards (Q, G) differ: only then does it teach anything."""
+    return rewards.amax(1) > rewards.amin(1)
+
+
+# --- loss -------------------------------------------------------------------------------
+
+
+def token_weights(completion_mask: Tensor, *, loss: str, max_new_tokens: int) -> Tensor:
+    """Return the weight of every token in the step's loss, (B, C): how the losses average.
+
+    grpo     1 / (B * length of the row): mean over tokens, then over rows (DeepSeekMath, eq. 3)
+    dapo     1 / tokens of the step: every token counts the same (DAPO, eq. 8)
+    dr_grpo  1 / (B * max_new_tokens): a constant, so length has no influence (Dr. GRPO, sec. 3.2)
+
+    Made from the whole step before the first backward pass, so that micro-batches, whose losses are
+    sums of weighted tokens, add up to the gradient of one batch.
+    """
+    mask = completion_mask.float()
+    rows = len(mask)
+    if loss == "grpo":
+        return mask / (rows * mask.sum(1, keepdim=True))
+    if loss == "dapo":
+        return mask / mask.sum()
+    if loss == "dr_grpo":
+        return mask / (rows * max_new_tokens)
+    raise ValueError(f"loss {loss!r}: must be one of {', '.join(LOSSES)}")
+
+
+def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return Schulman's k3 estimate of KL(policy || reference) per token, >= 0, shape as given.
+
+    With d = log ref - log policy: `exp(d) - d - 1`. Its mean under the policy is the exact KL.
+
+    >>> k3_kl(torch.tensor([-1.0]), torch.tensor([-1.0]))
+    tensor([0.])
+    """
+    difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(difference) - difference
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    rollout: Rollout,
+    weights: Tensor,
+    *,
+    beta: float,
+    clip_eps: float,
+    clip_eps_high: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted sum over tokens of clipped surrogate and KL penalty, and statistics.
+
+    Per token, with ratio = exp(logprob - old logprob) and the row's advantage A:
+        `-min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps_high) * A) + beta * k3`
+
+    All tensors are (B, C). While the policy is the one that sampled, the old log-probs are its own
+    detached: the ratio is exactly 1 and only its gradient matters. The loss value is then near zero
+    (advantages cancel within a group): that is no sign of a fault. Statistics are sums over tokens.
+    """
+    mask = rollout.completion_mask
+    old_logprobs = logprobs.detach() if rollout.old_logprobs is None else rollout.old_logprobs
+    log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    advantages = rollout.advantages.flatten()[
+        :, None
+    ]  # (B, 1): every token of a row gets its row's
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    kl = torch.zeros_like(logprobs)
+    if rollout.ref_logprobs is not None:
+        kl = k3_kl(logprobs, rollout.ref_logprobs)
+    loss = (weights * (beta * kl - surrogate)).sum()
+    with torch.no_grad():
+        is_clipped = surrogate < ratio * advantages
+        gap = (logprobs - rollout.sampled_logprobs).abs()
+        stats = {
+            "kl": kl[mask].sum(),
+            "ratio": ratio[mask].sum(),
+            "clip_fraction": is_clipped[mask].sum(),
+            "sampler_gap_mean": gap[mask].sum(),
+            "sampler_gap_max": gap[mask].max(),
+        }
+    return loss, stats
+
+
+# --- update -----------------------------------------------------------------------------
+
+
+def update(
+    policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    *,
+    loss: str,
+    inner_epochs: int,
+    micro_batch: int,
+    temperature: float,
+    beta: float,
+    clip_eps: float,
+    clip_eps_high: float,
+    max_grad_norm: float,
+    max_new_tokens: int,
+) -> dict[str, float]:
+    """Take `inner_epochs` optimizer steps on one rollout and return the statistics of the last.
+
+    Statistics are means over the step's completion tokens. The sampler's gap is taken in the
+    first epoch, while the policy is still the one that sampled. A step whose gradient is not
+    finite is not taken, and counted in `skipped`.
+    """
+    weights = token_weights(rollout.completion_mask, loss=loss, max_new_tokens=max_new_tokens)
+    skipped, first_stats = 0, {}
+    for _ in range(inner_epochs):
+        logprobs, stats = backward(
+            policy,
+            rollout,
+            weights,
+            micro_batch=micro_batch,
+            temperature=temperature,
+            beta=beta,
+            clip_eps=clip_eps,
+            clip_eps_high=clip_eps_high,
+        )
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+        if torch.isfinite(grad_norm):  # host sync
+            optimizer.step()
+        else:
+            skipped += 1
+        optimizer.zero_grad(set_to_none=True)
+        first_stats = first_stats or stats
+        if rollout.old_logprobs is None:
+            rollout = replace(rollout, old_logprobs=logprobs)
+    gap = {name: value for name, value in first_stats.items() if name.startswith("sampler_gap")}
+    numbers = {name: float(value) for name, value in {**stats, **gap}.items()}  # host sync
+    return {**numbers, "grad_norm": float(grad_norm), "skipped": skipped}
+
+
+def backward(
+    policy,
+    rollout: Rollout,
+    weights: Tensor,
+    *,
+    micro_batch: int,
+    temperature: float,
+    **loss_options,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Accumulate a step's gradient; return its log-probs (B, C), detached, and statistics."""
+    parts = list(rollout.micro_batches(micro_batch))
+    all_logprobs, all_stats = [], []
+    for part, part_weights in zip(parts, weights.split([len(p.texts) for p in parts]), strict=True):
+        logprobs, entropy = completion_logprobs(
+            policy, part.prompts, part.completion_ids, part.completion_mask, temperature=temperature
+        )
+        loss, stats = grpo_loss(logprobs, part, part_weights, **loss_options)
+        loss.backward()
+        all_logprobs.append(logprobs.detach())
+        all_stats.append({"loss": loss.detach(), "entropy": entropy.sum(), **stats})
+    return torch.cat(all_logprobs), combine(all_stats, tokens=rollout.completion_mask.sum())
+
+
+def combine(parts: list[dict[str, Tensor]], *, tokens: Tensor) -> dict[str, Tensor]:
+    """Return a step's statistics from those of its micro-batches: means over all tokens."""
+    columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    whole = {name: column.sum() / tokens for name, column in columns.items()}
+    whole["loss"] = columns["loss"].sum()  # the token weights have divided it already
+    whole["sampler_gap_max"] = columns["sampler_gap_max"].max()
+    return whole
+
+
+@torch.no_grad()
+def sync_reference(policy, reference, *, mix: float) -> None:
+    """Move the reference towards the policy, in place: `mix * policy + (1 - mix) * reference`.
+
+    In fp32, because in bf16 a small step towards the policy rounds to none (TR-DPO,
+    arXiv:2404.09656).
+    """
+    for new, old in zip(policy.parameters(), reference.parameters(), strict=True):
+        old.copy_(torch.lerp(old.float(), new.float(), mix))

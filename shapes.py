@@ -1,0 +1,266 @@
+"""The task: a plot of one shape on a 50 x 50 grid, and the shape's exact area.
+
+`make_example(spec, seed=, split=, index=)` is a pure function of its arguments: nothing is
+stored, any example can be made again alone, and two splits never share one. As a command, it
+draws examples:
+
+    python shapes.py --out DIR
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Polygon
+from PIL import Image
+
+GRID = 50.0  # both axes run from 0 to GRID, in grid units
+KINDS = ("rectangle", "circle", "square", "triangle")
+SPLITS = {"train": 0, "eval": 1, "cold_start": 2}  # the split is part of the random seed
+IMAGE_MULTIPLE = 28  # pixels: Qwen2.5-VL merges 2 x 2 patches of 14 x 14 pixels into one token
+MIN_SIDE_DIFFERENCE = 2.0  # grid units (7 pixels of 224): a rectangle must not pass for a square
+FIGURE_INCHES = 2.24  # of every figure; the image size only changes the dots per inch
+AXES_BOX = (
+    0.1,
+    0.09,
+    0.86,
+    0.86,
+)  # left, bottom, width, height of the grid, as shares of the image
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeSpec:
+    """Which shapes are drawn: sizes in grid units, the largest turn to either side in degrees.
+
+    Raises `ValueError`, in one line, for a range that is empty, not positive or cannot fit the
+    grid.
+    """
+
+    min_size: float = 20.0
+    max_size: float = 35.0
+    max_rotation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.min_size) and self.min_size > 0):
+            raise ValueError(f"min size {self.min_size:g}: a size must be above 0")
+        if not (math.isfinite(self.max_size) and self.max_size >= self.min_size):
+            raise ValueError(
+                f"min size {self.min_size:g}, max size {self.max_size:g}: the range is empty"
+            )
+        if not 0 <= self.max_rotation <= 180:
+            raise ValueError(f"max rotation {self.max_rotation:g}: give degrees from 0 to 180")
+        if self.max_size - self.min_size < 2 * MIN_SIDE_DIFFERENCE:
+            raise ValueError(
+                f"min size {self.min_size:g}, max size {self.max_size:g}: the range must be at "
+                f"least {2 * MIN_SIDE_DIFFERENCE:g} wide, or rectangles could be taken for squares"
+            )
+        extent = largest_extent(self.max_size, self.max_rotation)
+        if extent > GRID:
+            raise ValueError(
+                f"max size {self.max_size:g} turned by up to {self.max_rotation:g} degrees: can be "
+                f"{extent:.1f} wide, and the grid is {GRID:g} x {GRID:g}"
+            )
+
+
+def largest_extent(size: float, max_rotation: float) -> float:
+    """Return the widest bounding box, in grid units, of a square of this side turned that far."""
+    worst_angle = math.radians(min(max_rotation, 45.0))
+    return size * (math.cos(worst_angle) + math.sin(worst_angle))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One shape in grid units. `width` and `height` are measured before it is turned.
+
+    Square: both are the side. Circle: both are the diameter. Triangle: base and height.
+    `vertices` lists a polygon's corners; it is empty for a circle, which has only its `center`.
+    """
+
+    kind: str
+    width: float
+    height: float
+    center: tuple[float, float]
+    vertices: tuple[tuple[float, float], ...]
+    color: tuple[float, float, float]
+
+    @property
+    def area(self) -> float:
+        """The exact area in square grid units.
+
+        >>> Shape("triangle", 30.0, 20.0, (25, 25), ((10, 15), (40, 15), (20, 35)), (0, 0, 0)).area
+        300.0
+        """
+        if self.kind == "circle":
+            return math.pi * self.width**2 / 4
+        if self.kind == "triangle":
+            return self.width * self.height / 2
+        return self.width * self.height
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A picture of one shape: `image` is RGB, `index` its place in the split."""
+
+    image: Image.Image
+    shape: Shape
+    index: int
+
+    @property
+    def area(self) -> float:
+        """The exact area in square grid units."""
+        return self.shape.area
+
+
+def make_example(
+    spec: ShapeSpec, *, seed: int, split: str, index: int, image_size: int = 224
+) -> Example:
+    """Return example `index` of a split: "train", "eval" or "cold_start"; sizes in pixels."""
+    rng = np.random.default_rng([seed, SPLITS[split], index])
+    shape = sample_shape(spec, rng)
+    return Example(image=canvas_of(image_size).draw(shape), shape=shape, index=index)
+
+
+def sample_shape(spec: ShapeSpec, rng: np.random.Generator) -> Shape:
+    """Return a shape of a uniformly drawn kind, wholly inside the grid."""
+    kind = KINDS[rng.integers(len(KINDS))]
+    width, height = sample_size(kind, spec, rng)
+    outline = turned(corners(kind, width, height, rng), spec.max_rotation * rng.uniform(-1, 1))
+    low = -outline.min(axis=0)  # the center may move from here ...
+    high = GRID - outline.max(axis=0)  # ... to here
+    center = rng.uniform(low, high)
+    color = rng.uniform(0.1, 0.9, size=3)
+    vertices = [] if kind == "circle" else (outline + center).tolist()
+    return Shape(
+        kind=kind,
+        width=width,
+        height=height,
+        center=tuple(center.tolist()),
+        vertices=tuple(map(tuple, vertices)),
+        color=tuple(color.tolist()),
+    )
+
+
+def sample_size(kind: str, spec: ShapeSpec, rng: np.random.Generator) -> tuple[float, float]:
+    """Return width and height, uniform in the range; a rectangle's are visibly unequal."""
+    if kind in ("square", "circle"):
+        side = rng.uniform(spec.min_size, spec.max_size)
+        return side, side
+    while True:
+        width, height = rng.uniform(spec.min_size, spec.max_size, size=2).tolist()
+        if kind == "triangle" or abs(width - height) >= MIN_SIDE_DIFFERENCE:
+            return width, height
+
+
+def corners(kind: str, width: float, height: float, rng: np.random.Generator) -> np.ndarray:
+    """Return the outline around the origin, (corners, 2); for a circle, its bounding diamond."""
+    x, y = width / 2, height / 2
+    if kind == "circle":
+        return np.array([[-x, 0], [0, -y], [x, 0], [0, y]])
+    if kind == "triangle":
+        apex = rng.uniform(-x, x)  # anywhere above the base: the height is still the height
+        return np.array([[-x, -y], [x, -y], [apex, y]])
+    return np.array([[-x, -y], [x, -y], [x, y], [-x, y]])
+
+
+def turned(outline: np.ndarray, degrees: float) -> np.ndarray:
+    """Return the outline, (corners, 2), turned counter-clockwise around the origin."""
+    angle = math.radians(degrees)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return outline @ rotation.T
+
+
+def check_image_size(image_size: int) -> None:
+    """Raise `ValueError` unless the image is a whole number of the model's visual tokens."""
+    if image_size <= 0 or image_size % IMAGE_MULTIPLE:
+        raise ValueError(
+            f"image size {image_size}: must be a positive multiple of {IMAGE_MULTIPLE} pixels"
+        )
+
+
+class Canvas:
+    """One reused figure: the empty grid is drawn once, then each shape goes on a copy of it.
+
+    No pyplot: no global state, so any number of canvases in any number of processes draw the same.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        check_image_size(image_size)
+        figure = Figure(figsize=(FIGURE_INCHES, FIGURE_INCHES), dpi=image_size / FIGURE_INCHES)
+        self.canvas = FigureCanvasAgg(figure)
+        self.axes = figure.add_axes(AXES_BOX, xlim=(0, GRID), ylim=(0, GRID))
+        self.axes.set_xticks(np.arange(0, GRID + 1, 10))
+        self.axes.set_yticks(np.arange(0, GRID + 1, 10))
+        self.axes.set_xticks(np.arange(0, GRID + 1, 5), minor=True)
+        self.axes.set_yticks(np.arange(0, GRID + 1, 5), minor=True)
+        self.axes.tick_params(labelsize=7, pad=2, width=0.6, length=3)
+        self.axes.tick_params(which="minor", width=0.4, length=1.5)
+        self.axes.grid(which="major", linewidth=0.6, color="0.65")
+        self.axes.grid(which="minor", linewidth=0.4, color="0.85")
+        self.canvas.draw()
+        self.empty_grid = self.canvas.copy_from_bbox(figure.bbox)
+
+    def draw(self, shape: Shape) -> Image.Image:
+        """Return the picture of one shape, RGB."""
+        style = {"facecolor": shape.color, "edgecolor": "black", "linewidth": 1.0}
+        if shape.kind == "circle":
+            patch = Circle(shape.center, shape.width / 2, **style)
+        else:
+            patch = Polygon(shape.vertices, closed=True, joinstyle="miter", **style)
+        self.canvas.restore_region(self.empty_grid)
+        self.axes.add_patch(patch)
+        self.axes.draw_artist(patch)
+        patch.remove()
+        return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
+
+
+canvas_of = lru_cache(maxsize=4)(Canvas)  # one canvas per image size and process
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw the example pictures: one per task variant and a contact sheet of 16."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description="Draw example pictures of the task."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--image-size", type=int, default=224, metavar="N", help="pixels; default: 224"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed}: must be 0 or above")
+        check_image_size(args.image_size)
+        args.out.mkdir(parents=True, exist_ok=True)
+        draw_examples(args.out, seed=args.seed, image_size=args.image_size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def draw_examples(folder: Path, *, seed: int, image_size: int) -> None:
+    """Write plain.png, rotated.png, small.png and contact_sheet.png, and say what they show."""
+    specs = {
+        "plain": ShapeSpec(),
+        "rotated": ShapeSpec(max_rotation=45.0),
+        "small": ShapeSpec(min_size=5.0, max_size=12.0),
+    }
+    for name, spec in specs.items():
+        example = make_example(spec, seed=seed, split="eval", index=0, image_size=image_size)
+        example.image.save(folder / f"{name}.png")
+        print(f"{folder / name}.png: {example.shape.kind}, area {example.area:.2f}")
+    sheet = Image.new("RGB", (4 * image_size, 4 * image_size))
+    spec = ShapeSpec(min_size=5.0, max_size=35.0, max_rotation=45.0)
+    for i in range(16):
+        example = make_example(spec, seed=seed, split="eval", index=i, image_size=image_size)
+        sheet.paste(example.image, (i % 4 * image_size, i // 4 * image_size))
+    sheet.save(folder / "contact_sheet.png")
+    print(f"{folder / 'contact_sheet.png'}: 16 rotated shapes, sizes 5 to 35")
+
+
+if __name__ == "__main__":
+    main()
