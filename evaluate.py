@@ -207,6 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", **count, help="limit of an answer")
     parser.add_argument("--examples", **count, default=256, help="held-out examples; default: 256")
     parser.add_argument("--batch-size", **count, default=32, help="examples at once; default: 32")
+    parser.add_argument("--show", **count, default=3, help="answers to print; default: 3")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here")
     parser.add_argument(
@@ -244,7 +245,8 @@ def settle(args: argparse.Namespace) -> str:
     for name in DEFAULTS:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
-    for name, least in {"examples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0}.items():
+    limits = {"examples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0, "show": 0}
+    for name, least in limits.items():
         if getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}")
@@ -290,6 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
         batch_size=args.batch_size,
     )
     answers = list(tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False))
+    for answer in answers[: args.show]:
+        print(f"{answer.shape.kind}, area {answer.shape.area:.2f}: {answer.text!r}")
     summaries = {name: summarize(group) for name, group in groups_of(answers).items()}
     print(f"{args.target}: {spec}, relative errors are capped at 1")
     print(table(summaries))

@@ -30,7 +30,17 @@ from grpo import (
     sync_reference,
     update,
 )
-from policy import DTYPES, GIB, Loaded, ModelError, Prompts, encode, load, place
+from policy import (
+    DTYPES,
+    GIB,
+    Loaded,
+    ModelError,
+    Prompts,
+    enable_checkpointing,
+    encode,
+    load,
+    place,
+)
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
 from runlog import RunLog, Stopwatch, free_folder
 from shapes import Example, ShapeSpec, check_image_size, make_example
@@ -81,7 +91,9 @@ class Config:
     warmup_steps: int = knob(20, "steps of linear warm-up", least=0)
     adam_beta1: float = knob(0.9, "decay of AdamW's first moment", least=0, most=0.9999)
     adam_beta2: float = knob(0.99, "decay of AdamW's second moment", least=0, most=0.9999)
-    weight_decay: float = knob(0.01, "of AdamW", least=0)
+    weight_decay: float = knob(
+        0.0, "of AdamW; on bf16 weights lr * decay below 0.002 rounds to 0", least=0
+    )
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", above=0)
     micro_batch: int = knob(1, "prompts per backward pass; memory only, same gradient", least=1)
     # run
@@ -128,7 +140,7 @@ def train(config: Config, loaded: Loaded, *, device: str, folder: Path) -> None:
     """Train the loaded policy in place and leave a run folder."""
     policy, reference, processor = loaded.policy, loaded.reference, loaded.processor
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(policy)
     optimizer = make_optimizer(config, policy)
     log = RunLog(folder, config=dataclasses.asdict(config), device=device_name(device))
     evaluate_and_log(config, loaded, log, steps_done=0)

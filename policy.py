@@ -76,6 +76,13 @@ def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loa
     return Loaded(policy, frozen, processor)
 
 
+def enable_checkpointing(model) -> None:
+    """Make training passes keep only each layer's input and recompute the rest in backward."""
+    new_name = "activation_checkpointing_enable"  # of transformers after 5.17
+    enable = getattr(model, new_name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def model_config(model: str) -> Qwen2_5_VLConfig:
     """Return the config of a folder or hub id. Raises `ModelError` if it is not Qwen2.5-VL."""
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1

@@ -56,9 +56,9 @@ def make_prompt(reasoning_tag: str = "reasoning") -> str:
 def score(completion: str, area: float, *, reasoning_tag: str = "reasoning") -> Reward:
     """Return the rewards of a completion for a shape of this area. Never raises on any completion.
 
-    >>> reward = score("<reasoning>A square of side 20.</reasoning><answer>400.00</answer>", 500.0)
+    >>> reward = score("<reasoning>A square of side 20.</reasoning><answer>400.00</answer>", 800.0)
     >>> reward.area_correctness, reward.area_format, reward.xml_format, reward.predicted
-    (1.8, 0.5, 0.5, 400.0)
+    (0.0, 0.5, 0.5, 400.0)
     """
     predicted = parse_area(completion)
     error = relative_error(predicted, area)

@@ -129,7 +129,10 @@ def sample_shape(spec: ShapeSpec, rng: np.random.Generator) -> Shape:
     """Return a shape of a uniformly drawn kind, wholly inside the grid."""
     kind = KINDS[rng.integers(len(KINDS))]
     width, height = sample_size(kind, spec, rng)
-    outline = turned(corners(kind, width, height, rng), spec.max_rotation * rng.uniform(-1, 1))
+    outline = corners(kind, width, height, rng)
+    angle = spec.max_rotation * rng.uniform(-1, 1)
+    if kind != "circle":
+        outline = turned(outline, angle)
     low = -outline.min(axis=0)  # the center may move from here ...
     high = GRID - outline.max(axis=0)  # ... to here
     center = rng.uniform(low, high)
@@ -157,10 +160,8 @@ def sample_size(kind: str, spec: ShapeSpec, rng: np.random.Generator) -> tuple[f
 
 
 def corners(kind: str, width: float, height: float, rng: np.random.Generator) -> np.ndarray:
-    """Return the outline around the origin, (corners, 2); for a circle, its bounding diamond."""
+    """Return the outline around the origin, (corners, 2); for a circle, its bounding box."""
     x, y = width / 2, height / 2
-    if kind == "circle":
-        return np.array([[-x, 0], [0, -y], [x, 0], [0, y]])
     if kind == "triangle":
         apex = rng.uniform(-x, x)  # anywhere above the base: the height is still the height
         return np.array([[-x, -y], [x, -y], [apex, y]])

@@ -1,0 +1,116 @@
+"""A small random Qwen2.5-VL in fp64, and stock transformers as the reference beside it."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+from policy import Loaded, Prompts, encode
+from rewards import SYSTEM_MESSAGE, make_prompt
+from shapes import ShapeSpec, make_example
+
+TINY = str(Path(__file__).resolve().parent.parent / "tiny")
+
+
+def rms_norm(self, x):
+    """The formula without the rounding to fp32 inside, which would hide what fp64 can show."""
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def rotate_vision(q, k, cos, sin):
+    """Likewise: transformers rotates the vision tower's queries and keys in fp32."""
+    cos, sin = cos.unsqueeze(-2).double(), sin.unsqueeze(-2).double()
+    half = modeling_qwen2_5_vl.rotate_half
+    return tuple((x * cos + half(x) * sin).to(x.dtype) for x in (q, k))
+
+
+@pytest.fixture(scope="session")
+def processor():
+    processor = AutoProcessor.from_pretrained(TINY)
+    processor.tokenizer.padding_side = "right"
+    return processor
+
+
+@pytest.fixture
+def model(processor, monkeypatch):
+    """Two layers, random weights large enough for attention, images and positions to matter."""
+    monkeypatch.setattr(modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm, "forward", rms_norm)
+    monkeypatch.setattr(modeling_qwen2_5_vl, "apply_rotary_pos_emb_vision", rotate_vision)
+    config = AutoConfig.from_pretrained(TINY)
+    config.text_config.update({"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    config.vision_config.update({"depth": 2, "fullatt_block_indexes": [1]})
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [2, 0]
+    model = model.double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "embed_tokens" in name:
+                parameter.mul_(50)
+            elif "lm_head" in name:
+                parameter.mul_(8)
+            else:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.fixture
+def loaded(model, processor):
+    return Loaded(model, copy.deepcopy(model).requires_grad_(False), processor)
+
+
+@pytest.fixture
+def prompts(processor) -> Prompts:
+    """Three prompts with three different images, pixel values in fp64."""
+    return make_prompts(processor, 3)
+
+
+def make_prompts(processor, count: int) -> Prompts:
+    images = [
+        make_example(ShapeSpec(), seed=1, split="train", index=i, image_size=84).image
+        for i in range(count)
+    ]
+    text = make_prompt()
+    return encode(processor, images, system=SYSTEM_MESSAGE, prompt=text, device="cpu")
+
+
+def stock_inputs(prompts: Prompts, ids, mask) -> dict:
+    """What a plain user of transformers passes: every prompt and image repeated G times."""
+    group_size = len(ids) // len(prompts)
+
+    def rows(tensor):
+        return tensor.repeat_interleave(group_size, 0)
+
+    prompt_mask = torch.ones_like(rows(prompts.input_ids))
+    return {
+        "input_ids": torch.cat([rows(prompts.input_ids), ids], 1),
+        "attention_mask": torch.cat([prompt_mask, mask.long()], 1),
+        "mm_token_type_ids": torch.cat([rows(prompts.mm_token_type_ids), torch.zeros_like(ids)], 1),
+        "pixel_values": rows(prompts.pixel_values).flatten(0, 1),
+        "image_grid_thw": rows(prompts.image_grid_thw),
+    }
+
+
+def stock_logprobs(model, prompts: Prompts, ids, mask, temperature: float):
+    """Log-probs (B, C) of the completions by transformers' own forward pass; zero off the mask."""
+    logits = model(**stock_inputs(prompts, ids, mask)).logits.double()
+    first = prompts.input_ids.shape[1] - 1
+    logprobs = (logits[:, first:-1] / temperature).log_softmax(-1)
+    return logprobs.gather(-1, ids[..., None])[..., 0] * mask
+
+
+def random_completions(prompts: Prompts, *, group_size: int = 2, seed: int = 0):
+    """Ragged completions of 1 to 9 tokens, right-padded: ids and mask, (B, 9)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(prompts) * group_size
+    lengths = torch.randint(1, 10, (rows,), generator=generator)
+    lengths[:2] = torch.tensor([9, 1])
+    mask = torch.arange(9) < lengths[:, None]
+    ids = torch.randint(10, 400, (rows, 9), generator=generator)
+    return ids.masked_fill(~mask, 0), mask

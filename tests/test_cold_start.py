@@ -1,0 +1,106 @@
+"""cold_start.py: its synthetic answers, and the tiny model it makes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import cold_start
+from cold_start import encode_answers, synthetic_answer, tiny_tokenizer, warmup_cosine
+from policy import load
+from rewards import score
+from shapes import ShapeSpec, make_example
+
+SPEC = ShapeSpec(min_size=5.0)
+
+
+def answers_and_areas(*, sloppy: float, area_noise: float = 0.0, tag: str = "reasoning"):
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        shape = make_example(SPEC, seed=0, split="cold_start", index=i).shape
+        options = {"reasoning_tag": tag, "sloppy": sloppy, "area_noise": area_noise}
+        yield synthetic_answer(shape, rng=rng, **options), shape.area
+
+
+@pytest.mark.parametrize("tag", ["reasoning", "think"])
+def test_a_tidy_answer_earns_everything(tag):
+    for answer, area in answers_and_areas(sloppy=0.0, tag=tag):
+        assert score(answer, area, reasoning_tag=tag).total == pytest.approx(4.0, abs=0.01)
+
+
+def test_a_sloppy_answer_lacks_format_but_has_an_area():
+    rewards = [score(answer, area) for answer, area in answers_and_areas(sloppy=1.0)]
+    assert all(r.area_format + r.xml_format < 1.0 for r in rewards)
+    assert all(r.relative_error < 0.05 for r in rewards)
+    assert {(r.area_format, r.xml_format) for r in rewards} == {(0, 0), (0, 0.5), (0.5, 0)}
+
+
+def test_area_noise_is_the_std_of_the_log():
+    pairs = answers_and_areas(sloppy=0.0, area_noise=0.3)
+    logs = [np.log(score(answer, area).predicted / area) for answer, area in pairs]
+    assert np.std(logs) == pytest.approx(0.3, abs=0.05)
+
+
+def test_answers_end_in_the_stop_token(processor):
+    ids, mask = encode_answers(processor.tokenizer, ["12.50", "7"], "cpu")
+    stop = processor.tokenizer.eos_token_id
+    assert [row[keep].tolist()[-1] for row, keep in zip(ids, mask, strict=True)] == [stop, stop]
+    assert mask.sum(1).tolist() == [6, 2]
+
+
+def test_the_tokenizer_splits_digits_and_loses_nothing():
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.tokenize("1234.50") == ["1", "2", "3", "4", ".", "5", "0"]
+    for text in ("<answer>12.50</answer>", "größer ٤ 面积\n\t🙂", "You read geometric"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_bundled_tokenizer_is_the_one_that_is_made(processor):
+    assert tiny_tokenizer().get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_the_bundled_model_is_small():
+    folder = Path(TINY)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+    assert (folder / "model.safetensors").exists()
+
+
+def test_the_learning_rate_rises_and_falls():
+    factors = [warmup_cosine(step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.2)
+    assert max(factors) == pytest.approx(factors[5], abs=0.01)
+    assert 0 < factors[-1] < 0.001
+
+
+def test_the_command_from_scratch_and_from_a_model(tmp_path):
+    flags = ["--steps", "2", "--batch-size", "2", "--image-size", "84"]
+    cold_start.main(["--from-scratch", "--out", str(tmp_path / "one"), *flags])
+    cold_start.main(["--from-scratch", "--out", str(tmp_path / "same"), *flags])
+    cold_start.main(["--model", str(tmp_path / "one"), "--out", str(tmp_path / "two"), *flags])
+    one, same, two = (
+        load(str(tmp_path / name), device="cpu", dtype="bfloat16").policy.lm_head.weight
+        for name in ("one", "same", "two")
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--from-scratch", "--out", TINY],
+        ["--from-scratch", "--model", TINY, "--out", "x"],
+        ["--from-scratch", "--out", "x", "--min-size", "40"],
+        ["--model", "missing", "--out", "x"],
+        ["--from-scratch"],
+        ["--from-scratch", "--out", "x", "--steps", "0"],
+        ["--from-scratch", "--out", "x", "--sloppy", "2"],
+    ],
+)
+def test_bad_input_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cold_start.main(flags)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

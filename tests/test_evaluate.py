@@ -1,0 +1,106 @@
+"""evaluate.py: the numbers by hand, the command on the bundled model."""
+
+import json
+
+import pytest
+from conftest import TINY
+from PIL import Image
+
+import evaluate
+from evaluate import Answer, groups_of, summarize, table, wilson_interval
+from rewards import score
+from shapes import Shape
+
+
+def answered(text: str, *, side: float = 20.0, kind: str = "square") -> Answer:
+    shape = Shape(kind, side, side, (25, 25), (), (0, 0, 0))
+    return Answer(shape, text, score(text, shape.area))
+
+
+def xml(number: str) -> str:
+    return f"<reasoning>r</reasoning><answer>{number}</answer>"
+
+
+def test_summary_by_hand():
+    answers = [
+        answered(xml("400.00")),
+        answered(xml("380.00")),  # 5 % off
+        answered(xml("480")),  # 20 % off
+        answered("no idea"),
+    ]
+    summary = summarize(answers)
+    assert summary["examples"] == 4
+    assert summary["relative_error_mean"] == pytest.approx((0 + 0.05 + 0.2 + 1) / 4)
+    assert summary["relative_error_median"] == pytest.approx(0.125)
+    assert summary["within_5_percent"] == 0.5
+    assert summary["within_10_percent"] == 0.5
+    assert summary["two_decimals"] == 0.5
+    assert summary["strict_xml"] == 0.75
+    assert summary["readable"] == 0.75
+    assert summary["area_correctness_reward"] == pytest.approx((3 + 2.7 + 1.8 - 3) / 4)
+
+
+def test_wilson_interval_solves_its_equation():
+    """Its ends are where |hits/n - p| is 1.96 standard errors of p itself."""
+    for hits, trials in ((0, 10), (3, 10), (10, 10), (77, 256)):
+        low, high = wilson_interval(hits, trials)
+        assert 0 <= low <= hits / trials <= high <= 1
+        for end in (low, high):
+            if 1e-9 < end < 1 - 1e-9:
+                error = abs(hits / trials - end) / (end * (1 - end) / trials) ** 0.5
+                assert error == pytest.approx(1.959964, rel=1e-6)
+
+
+def test_groups_are_the_classes_and_the_thirds_by_area():
+    answers = [answered(xml("1.00"), side=float(side)) for side in range(5, 12)]
+    answers += [answered(xml("1.00"), kind="circle", side=30.0)]
+    groups = groups_of(answers)
+    assert {name: len(group) for name, group in groups.items()} == {
+        "all": 8,
+        "circle": 1,
+        "square": 7,
+        "small": 2,
+        "medium": 3,
+        "large": 3,
+    }
+    assert max(a.shape.area for a in groups["small"]) < min(a.shape.area for a in groups["large"])
+    lines = table({name: summarize(group) for name, group in groups.items()}).splitlines()
+    assert len(lines) == 7
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_command(tmp_path, capsys):
+    report, picture = tmp_path / "report.json", tmp_path / "picture.png"
+    flags = ["--examples", "6", "--batch-size", "4", "--rotate", "--max-new-tokens", "48"]
+    evaluate.main([TINY, *flags, "--json", str(report), "--plot", str(picture)])
+    summaries = json.loads(report.read_text())["summaries"]
+    assert summaries["all"]["examples"] == 6
+    assert "max_rotation=45.0" in capsys.readouterr().out
+    assert Image.open(picture).size == (720, 720)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["missing/folder/x"],
+        [TINY, "--examples", "0"],
+        [TINY, "--batch-size", "many"],
+        [TINY, "--min-size", "30", "--max-size", "20"],
+        [TINY, "--image-size", "100"],
+        [TINY, "--json", "/no/such/folder/x.json"],
+        [TINY, "--reasoning-tag", "thoughts"],
+        [],
+    ],
+)
+def test_bad_input_is_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_run_without_a_final_model_says_so(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path)])
+    assert "no final/ model yet" in capsys.readouterr().err

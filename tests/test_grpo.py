@@ -1,0 +1,377 @@
+"""grpo.py: by hand, by enumeration, and end to end on a small random model."""
+
+import copy
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import optimi
+import pytest
+import torch
+from conftest import random_completions
+
+from grpo import (
+    LOSSES,
+    Rollout,
+    backward,
+    collect_rollout,
+    group_advantages,
+    grpo_loss,
+    has_spread,
+    k3_kl,
+    score_reference,
+    sync_reference,
+    token_weights,
+    update,
+)
+from policy import completion_logprobs
+
+OPTIONS = {
+    "loss": "grpo",
+    "inner_epochs": 1,
+    "micro_batch": 3,
+    "temperature": 0.8,
+    "beta": 0.1,
+    "clip_eps": 0.2,
+    "clip_eps_high": 0.2,
+    "max_grad_norm": 1e9,
+    "max_new_tokens": 16,
+}
+
+
+def collect(loaded, prompts, *, reward=None, temperature=0.8, divide_by_std=True) -> Rollout:
+    """A rollout of 3 prompts x 2 completions; by default a row's reward is its number."""
+    numbers = iter(range(100))
+    reward = reward or (lambda text, q: next(numbers))
+    return collect_rollout(
+        loaded.policy,
+        loaded.processor,
+        prompts,
+        lambda text, q: SimpleNamespace(total=float(reward(text, q))),
+        group_size=2,
+        max_new_tokens=8,
+        temperature=temperature,
+        divide_by_std=divide_by_std,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def rollout_of(prompts, *, advantages=None, **tensors) -> Rollout:
+    """A rollout of random ragged completions, 2 a prompt, with given log-probs."""
+    ids, mask = random_completions(prompts)
+    generator = torch.Generator().manual_seed(5)
+    if advantages is None:
+        advantages = torch.randn(len(prompts), 2, generator=generator, dtype=torch.float64)
+    return Rollout(
+        prompts=prompts,
+        completion_ids=ids,
+        completion_mask=mask,
+        sampled_logprobs=torch.zeros(ids.shape),
+        truncated=torch.zeros(len(ids), dtype=torch.bool),
+        texts=[""] * len(ids),
+        rewards=[None] * len(ids),
+        advantages=advantages,
+        **tensors,
+    )
+
+
+# --- advantages ---------------------------------------------------------------------------
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0]])  # mean 3, sample variance (4+1+0+9)/3
+    std = math.sqrt(14 / 3) + 1e-4
+    expected = torch.tensor([[-2 / std, -1 / std, 0.0, 3 / std]])
+    torch.testing.assert_close(group_advantages(rewards), expected)
+    torch.testing.assert_close(
+        group_advantages(rewards, divide_by_std=False), torch.tensor([[-2.0, -1.0, 0.0, 3.0]])
+    )
+
+
+def test_groups_do_not_see_each_other():
+    alone = group_advantages(torch.tensor([[1.0, 2.0]]))
+    beside = group_advantages(torch.tensor([[1.0, 2.0], [50.0, -3.0]]))
+    assert torch.equal(alone, beside[:1])
+
+
+def test_equal_rewards_give_exactly_zero():
+    values = torch.linspace(-3, 4, 1000)[:, None].expand(-1, 7).contiguous()
+    rounding = values - values.mean(1, keepdim=True)
+    assert rounding.abs().max() > 0  # else this would prove nothing
+    assert not group_advantages(values).any()
+    assert not group_advantages(values, divide_by_std=False).any()
+    assert not has_spread(values).any()
+
+
+# --- token weights ------------------------------------------------------------------------
+
+
+def test_token_weights_by_hand():
+    mask = torch.tensor([[True, True, True, True], [True, False, False, False]])
+    expected = {
+        "grpo": [[1 / 8] * 4, [1 / 2, 0, 0, 0]],  # each row counts 1/2
+        "dapo": [[1 / 5] * 4, [1 / 5, 0, 0, 0]],  # each token counts 1/5
+        "dr_grpo": [[1 / 20] * 4, [1 / 20, 0, 0, 0]],  # 2 rows of at most 10 tokens
+    }
+    for loss, weights in expected.items():
+        actual = token_weights(mask, loss=loss, max_new_tokens=10)
+        torch.testing.assert_close(actual, torch.tensor(weights))
+    with pytest.raises(ValueError, match="must be one of grpo, dapo, dr_grpo"):
+        token_weights(mask, loss="ppo", max_new_tokens=10)
+
+
+# --- KL -----------------------------------------------------------------------------------
+
+
+def test_the_mean_of_k3_is_the_exact_kl():
+    torch.manual_seed(0)
+    policy = torch.randn(6, dtype=torch.float64).log_softmax(0)
+    reference = torch.randn(6, dtype=torch.float64).log_softmax(0)
+    every_token = k3_kl(policy, reference)  # enumeration instead of sampling
+    exact = (policy.exp() * (policy - reference)).sum()
+    torch.testing.assert_close((policy.exp() * every_token).sum(), exact)
+    assert (every_token >= 0).all()
+
+
+def test_k3_by_hand_and_at_its_limits():
+    value = k3_kl(torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)]))
+    torch.testing.assert_close(value, torch.tensor([0.5 + math.log(2) - 1]))
+    far = k3_kl(torch.tensor([-1000.0, 0.0]), torch.tensor([0.0, -1000.0]))
+    assert torch.isfinite(far).all()
+
+
+# --- loss ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected", "clipped"),
+    [
+        (1.0, 2.0, -2.0, False),
+        (1.1, 2.0, -2.2, False),
+        (1.5, 2.0, -2.6, True),  # clipped at 1 + 0.3
+        (0.5, 2.0, -1.0, False),  # the worse of the two counts
+        (0.5, -2.0, 1.6, True),  # clipped at 1 - 0.2
+        (1.5, -2.0, 3.0, False),
+    ],
+)
+def test_the_clipped_ratio_by_hand(prompts, ratio, advantage, expected, clipped):
+    old = torch.full((2, 1), -1.0, dtype=torch.float64)
+    rollout = replace(
+        rollout_of(prompts[:1], advantages=torch.full((1, 2), advantage, dtype=torch.float64)),
+        completion_mask=torch.ones(2, 1, dtype=torch.bool),
+        sampled_logprobs=old,
+        old_logprobs=old,
+    )
+    loss, stats = grpo_loss(
+        old + math.log(ratio),
+        rollout,
+        torch.full((2, 1), 0.5),
+        beta=0.0,
+        clip_eps=0.2,
+        clip_eps_high=0.3,
+    )
+    assert loss.item() == pytest.approx(expected)
+    assert stats["clip_fraction"].item() == (2 if clipped else 0)
+    assert stats["ratio"].item() == pytest.approx(2 * ratio)
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce(prompts):
+    rollout = rollout_of(prompts)
+    logprobs = -torch.rand(rollout.completion_ids.shape, dtype=torch.float64)
+    logprobs.requires_grad_()
+    weights = token_weights(rollout.completion_mask, loss="dapo", max_new_tokens=16).double()
+    loss, stats = grpo_loss(logprobs, rollout, weights, beta=0.0, clip_eps=0.2, clip_eps_high=0.2)
+    loss.backward()
+    assert stats["ratio"].item() == rollout.completion_mask.sum()
+    assert stats["clip_fraction"].item() == 0
+    torch.testing.assert_close(logprobs.grad, -weights * rollout.advantages.flatten()[:, None])
+
+
+def test_the_kl_term_pulls_towards_the_reference(prompts):
+    rollout = rollout_of(prompts, advantages=torch.zeros(3, 2, dtype=torch.float64))
+    reference = -torch.rand(rollout.completion_ids.shape, dtype=torch.float64)
+    logprobs = (reference - 0.5).requires_grad_()  # too unlikely everywhere
+    weights = token_weights(rollout.completion_mask, loss="dapo", max_new_tokens=16).double()
+    rollout = replace(rollout, ref_logprobs=reference)
+    loss, _ = grpo_loss(logprobs, rollout, weights, beta=0.1, clip_eps=0.2, clip_eps_high=0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.1 * (math.exp(0.5) - 1.5))
+    torch.testing.assert_close(logprobs.grad, 0.1 * weights * (1 - math.exp(0.5)))
+
+
+# --- rollout ------------------------------------------------------------------------------
+
+
+def test_a_rollout_belongs_together(loaded, prompts):
+    seen = []
+
+    def reward(text, q):
+        seen.append((text, q))
+        return len(seen) ** 2
+
+    rollout = collect(loaded, prompts, reward=reward)
+    assert [q for _, q in seen] == [0, 0, 1, 1, 2, 2]
+    assert [text for text, _ in seen] == rollout.texts
+    totals = torch.tensor([[1.0, 4.0], [9.0, 16.0], [25.0, 36.0]])
+    torch.testing.assert_close(rollout.advantages, group_advantages(totals))
+
+
+def test_micro_batches_are_the_rollout_in_parts(loaded, prompts):
+    rollout = score_reference(
+        loaded.reference, collect(loaded, prompts), micro_batch=3, temperature=0.8
+    )
+    parts = list(rollout.micro_batches(2))
+    assert [len(part.prompts) for part in parts] == [2, 1]
+    for name in ("completion_ids", "sampled_logprobs", "advantages", "ref_logprobs"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(rollout, name))
+    assert [text for part in parts for text in part.texts] == rollout.texts
+
+
+def test_sampling_and_scoring_use_the_same_temperature(loaded, prompts):
+    rollout = collect(loaded, prompts, temperature=0.8)
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
+    same = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    other = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "temperature": 1.0})
+    assert same["sampler_gap_max"] < 1e-10
+    assert other["sampler_gap_mean"] > 1e-2
+
+
+def test_kl_is_exactly_zero_at_the_first_step(loaded, prompts):
+    rollout = collect(loaded, prompts)
+    rollout = score_reference(loaded.reference, rollout, micro_batch=3, temperature=0.8)
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
+    stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    assert stats["kl"] == 0.0
+    assert stats["ratio"] == 1.0
+
+
+# --- update -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_give_the_gradient_of_one_batch(model, prompts, loss):
+    rollout = rollout_of(prompts)
+    reference = -3 * torch.rand(rollout.completion_ids.shape, dtype=torch.float64)
+    rollout = replace(rollout, ref_logprobs=reference)
+    weights = token_weights(rollout.completion_mask, loss=loss, max_new_tokens=16).double()
+    gradients, all_stats = [], []
+    for micro_batch in (3, 2, 1):
+        model.zero_grad()
+        _, stats = backward(
+            model,
+            rollout,
+            weights,
+            micro_batch=micro_batch,
+            temperature=1.0,
+            beta=0.1,
+            clip_eps=0.2,
+            clip_eps_high=0.2,
+        )
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        all_stats.append({name: float(value) for name, value in stats.items()})
+    for other, stats in zip(gradients[1:], all_stats[1:], strict=True):
+        assert stats == pytest.approx(all_stats[0], rel=1e-9)
+        for one, many in zip(gradients[0], other, strict=True):
+            assert (one - many).norm() <= 1e-9 * one.norm() + 1e-12
+
+
+def test_equal_rewards_give_no_gradient(loaded, prompts):
+    rollout = collect(loaded, prompts, reward=lambda text, q: 0.7)
+    before = copy.deepcopy(loaded.policy.state_dict())
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1.0)
+    stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    assert stats["grad_norm"] == 0.0
+    assert all(
+        torch.equal(value, before[name]) for name, value in loaded.policy.state_dict().items()
+    )
+
+
+def test_an_update_makes_the_better_completion_more_likely(loaded, prompts):
+    rollout = collect(loaded, prompts)
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1e-4)
+    update(loaded.policy, optimizer, rollout, **OPTIONS)
+    with torch.no_grad():
+        after, _ = completion_logprobs(
+            loaded.policy,
+            prompts,
+            rollout.completion_ids,
+            rollout.completion_mask,
+            temperature=0.8,
+        )
+    weights = token_weights(rollout.completion_mask, loss="grpo", max_new_tokens=8)
+    change = weights * (after - rollout.sampled_logprobs)
+    assert (change * rollout.advantages.flatten()[:, None]).sum() > 0
+
+
+def test_later_inner_epochs_compare_with_the_policy_that_sampled(loaded, prompts):
+    rollout = collect(loaded, prompts)
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1e-3)
+    stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "inner_epochs": 2})
+    assert stats["ratio"] != 1.0
+    assert stats["sampler_gap_max"] < 1e-10  # of the first epoch
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(loaded, prompts):
+    rollout = replace(collect(loaded, prompts), advantages=torch.full((3, 2), torch.nan))
+    before = copy.deepcopy(loaded.policy.state_dict())
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1.0)
+    stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    assert stats["skipped"] == 1
+    assert all(
+        torch.equal(value, before[name]) for name, value in loaded.policy.state_dict().items()
+    )
+
+
+def test_the_gradient_norm_is_that_before_clipping(loaded, prompts):
+    rollout = collect(loaded, prompts)
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
+    free = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    clipped = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "max_grad_norm": 1e-6})
+    assert free["grad_norm"] == clipped["grad_norm"] > 0
+
+
+# --- numbers ------------------------------------------------------------------------------
+
+
+def test_the_reference_is_mixed_in_fp32():
+    policy = torch.nn.Linear(64, 64).to(torch.bfloat16)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        policy.weight.mul_(1.03)
+    expected = (0.6 * policy.weight.float() + 0.4 * reference.weight.float()).bfloat16()
+    sync_reference(policy, reference, mix=0.6)
+    assert torch.equal(reference.weight, expected)
+    sync_reference(policy, reference, mix=1.0)
+    assert torch.equal(reference.weight, policy.weight)
+
+
+def test_kahan_adamw_on_bf16_follows_fp32_where_plain_adamw_does_not():
+    """100 steps at lr 1e-6 on weights of size 0.02: a plain bf16 weight cannot even move."""
+    generator = torch.Generator().manual_seed(0)
+    start = (0.02 * torch.randn(10_000, generator=generator)).bfloat16()
+    drift = 0.3 * torch.randn(10_000, generator=generator)
+    gradients = [
+        1e-4 * (drift + torch.randn(10_000, generator=generator)).bfloat16() for _ in range(100)
+    ]
+
+    def trained(make_optimizer, dtype):
+        weight = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = make_optimizer([weight])
+        for gradient in gradients:
+            weight.grad = gradient.to(dtype, copy=True)  # optimi overwrites it
+            optimizer.step()
+        compensation = optimizer.state[weight].get("kahan_comp")
+        value = weight.detach().float()
+        return value - start.float() + (0 if compensation is None else compensation.float())
+
+    options = {"lr": 1e-6, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    exact = trained(lambda p: torch.optim.AdamW(p, **options), torch.float32)
+    kahan = trained(lambda p: optimi.AdamW(p, **options), torch.bfloat16)
+    plain = trained(lambda p: torch.optim.AdamW(p, **options), torch.bfloat16)
+
+    def progress(change):  # along fp32's path: 1 is all of it
+        return ((change * exact).sum() / exact.square().sum()).item()
+
+    assert progress(kahan) == pytest.approx(1.0, abs=0.03)
+    assert progress(plain) < 0.3

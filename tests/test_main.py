@@ -1,0 +1,235 @@
+"""main.py: its command line, and a whole small run as a user would start it."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, make_prompts, random_completions
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+import main
+from main import PRESETS, Config, learning_rate, make_config, make_parser
+from policy import completion_logprobs
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--preset", "tiny", "--prompts-per-step", "2", "--group-size", "2", "--eval-examples", "2"]
+
+
+def config_of(*flags: str) -> Config:
+    return make_config(make_parser().parse_args(flags))
+
+
+# --- command line -------------------------------------------------------------------------
+
+
+def test_every_knob_is_in_the_help():
+    text = make_parser().format_help()
+    for knob in dataclasses.fields(Config):
+        assert "--" + knob.name.replace("_", "-") in text
+        assert f"default: {knob.default}" in text
+
+
+def test_every_knob_is_read():
+    """Each name occurs as `config.name`, or by name in a call that passes knobs on."""
+    tree = ast.parse(inspect.getsource(main).split("def make_parser")[0])
+    read = set(main.UPDATE_KNOBS)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("config", "self"):
+            read.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pick":
+            read |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    read_before_training = {"model", "device", "dtype", "name", "runs"}
+    assert {knob.name for knob in dataclasses.fields(Config)} - read == read_before_training
+
+
+def test_the_papers_defaults():
+    config = config_of()
+    assert config.model == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert (config.steps, config.prompts_per_step, config.group_size) == (750, 4, 8)
+    assert (config.lr, config.adam_beta1, config.adam_beta2) == (2e-6, 0.9, 0.99)
+    assert (config.beta, config.clip_eps, config.max_grad_norm) == (0.05, 0.2, 1.0)
+    assert (config.temperature, config.max_new_tokens, config.warmup_steps) == (1.0, 512, 20)
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_defaults():
+    assert config_of("--preset", "tiny").lr == PRESETS["tiny"]["lr"]
+    assert config_of("--preset", "tiny", "--lr", "3e-5").lr == 3e-5
+    assert config_of("--lr", "3e-5", "--preset", "tiny").lr == 3e-5
+    assert config_of("--preset", "tiny", "--beta", "0").beta == 0.0
+
+
+def test_booleans_can_be_switched_both_ways():
+    assert config_of("--rotate").rotate is True
+    assert config_of("--no-rotate").rotate is False
+    assert config_of("--no-gradient-checkpointing").gradient_checkpointing is False
+    assert config_of("--rotate").spec.max_rotation == 45.0
+    assert config_of().spec.max_rotation == 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--steps 0", "--steps 0: must be at least 1"),
+        ("--steps many", "--steps"),
+        ("--group-size 1", "--group-size 1: must be at least 2"),
+        ("--temperature 0", "--temperature 0.0: must be above 0"),
+        ("--temperature nan", "--temperature nan: must be above 0, and finite"),
+        ("--lr inf", "--lr inf: must be above 0, and finite"),
+        ("--beta -1", "--beta -1.0: must be at least 0"),
+        ("--clip-eps 2", "--clip-eps 2.0: must be above 0 and at most 1"),
+        ("--loss ppo", "--loss"),
+        ("--reasoning-tag thoughts", "--reasoning-tag"),
+        ("--image-size 225", "multiple of 28"),
+        ("--min-size 40", "the range is empty"),
+        ("--rotate --max-size 40", "can be 56.6 wide"),
+        ("--max-rotation 30", "has no effect without --rotate"),
+        ("--reference-mix 0.5", "has no effect without --sync-reference-every"),
+        ("--beta 0 --sync-reference-every 10", "there is no reference with --beta 0"),
+        ("--preset huge", "--preset"),
+        ("--rotate False", "unrecognized arguments: False"),
+        ("--learning-rate 1", "unrecognized arguments"),
+        ("--model no/such/folder", "no such folder"),
+        (f"--model {ROOT / 'tests'}", "no readable model in this folder"),
+    ],
+)
+def test_bad_input_is_one_line(flags, told, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main.main([*flags.split(), "--runs", str(tmp_path / "runs")])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert told in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SystemExit):
+        main.main([*SMALL, "--runs", str(tmp_path), "--name", "mine"])
+    assert "runs are never overwritten" in capsys.readouterr().err
+
+
+def test_the_learning_rate_warms_up_from_the_first_step():
+    config = config_of("--lr", "1.0", "--warmup-steps", "4")
+    assert [learning_rate(config, step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert learning_rate(config_of("--lr", "1.0", "--warmup-steps", "0"), 0) == 1.0
+
+
+def test_each_step_has_its_own_examples_and_random_numbers():
+    config = config_of("--preset", "tiny", "--prompts-per-step", "3")
+    indices = [[e.index for e in main.make_examples(config, step)] for step in range(2)]
+    assert indices == [[0, 1, 2], [3, 4, 5]]
+    draws = {(seed, step): draw(seed, step) for seed in (0, 1) for step in (0, 1)}
+    assert len(set(draws.values())) == 4
+    assert draw(1, 0) == draws[1, 0]
+
+
+def draw(seed: int, step: int) -> float:
+    config = config_of("--seed", str(seed))
+    return torch.rand(1, generator=main.make_generator(config, step, "cpu")).item()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "stops"),
+    [
+        ({"step": 0, "sampler_gap_mean": 1e-5}, False),
+        ({"step": 0, "sampler_gap_mean": 0.2}, True),
+        ({"step": 0, "sampler_gap_mean": float("nan")}, True),
+        ({"step": 1, "sampler_gap_mean": 0.2}, False),
+    ],
+)
+def test_a_sampler_that_differs_from_the_scorer_stops_the_run(metrics, stops):
+    if not stops:
+        return main.check_sampler_gap(metrics, torch.float32)
+    with pytest.raises(SystemExit, match="samples it did not draw"):
+        main.check_sampler_gap(metrics, torch.float32)
+
+
+def test_a_run_without_finite_gradients_stops():
+    in_a_row = 0
+    for step in range(4):
+        in_a_row = main.check_skipped({"step": step, "skipped": 1}, in_a_row)
+    assert main.check_skipped({"step": 4, "skipped": 0}, in_a_row) == 0
+    with pytest.raises(SystemExit, match="no finite gradient in 5 steps"):
+        main.check_skipped({"step": 4, "skipped": 1}, in_a_row)
+
+
+# --- whole runs ---------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_main(tmp_path: Path, *flags: str) -> Path:
+    command = [sys.executable, str(ROOT / "main.py"), *SMALL, "--runs", str(tmp_path), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "tiny"
+
+
+def test_a_whole_run(tmp_path):
+    run = run_main(tmp_path, "--steps", "3", "--eval-every", "2", "--sample-every", "2")
+    metrics = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert [line["prompts"] for line in metrics] == [2, 4, 6]
+    assert metrics[0]["kl"] == 0.0
+    assert metrics[2]["kl"] > 0.0
+    assert all(line["ratio"] == 1.0 for line in metrics)
+    assert all(line["sampler_gap_max"] < 1e-3 for line in metrics)
+    assert all(-3 <= line["area_correctness_reward"] <= 3 for line in metrics)
+    assert [line["lr"] for line in metrics] == pytest.approx([1e-5, 2e-5, 3e-5])
+    assert [e["steps_done"] for e in read_lines(run / "evaluations.jsonl")] == [0, 2, 3]
+    samples = read_lines(run / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [0, 2]
+    assert all(len(sample["completions"]) == 2 for sample in samples)
+    assert json.loads((run / "config.json").read_text())["config"]["steps"] == 3
+
+    policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "final")
+    before = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    changed = zip(policy.parameters(), before.parameters(), strict=True)
+    assert any(not torch.equal(new, old) for new, old in changed)
+    assert AutoProcessor.from_pretrained(run / "final").tokenizer.eos_token == "<|im_end|>"
+
+
+def test_final_gives_the_logits_of_the_trained_policy(tmp_path, processor):
+    config = config_of(*SMALL, "--steps", "1", "--eval-every", "0", "--loss", "dr_grpo")
+    loaded = main.load(TINY, device="cpu", dtype="float32", reference=True)
+    main.train(config, loaded, device="cpu", folder=tmp_path / "run")
+    final = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "final")
+    prompts = make_prompts(processor, 2)
+    ids, mask = random_completions(prompts)
+    with torch.no_grad():
+        trained, _ = completion_logprobs(loaded.policy, prompts, ids, mask, temperature=1.0)
+        reloaded, _ = completion_logprobs(final, prompts, ids, mask, temperature=1.0)
+    assert torch.equal(trained, reloaded)
+
+
+def test_two_runs_of_one_seed_are_the_same_run(tmp_path):
+    curves = []
+    for name in ("one", "two"):
+        flags = ["--steps", "2", "--eval-every", "0", "--beta", "0", "--inner-epochs", "2"]
+        config = config_of(*SMALL, *flags, "--gradient-checkpointing")
+        loaded = main.load(TINY, device="cpu", dtype="float32")
+        main.train(config, loaded, device="cpu", folder=tmp_path / name)
+        lines = read_lines(tmp_path / name / "metrics.jsonl")
+        timed = ("_s", "gib")
+        curves.append([{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines])
+    assert curves[0] == curves[1]
+    assert curves[0][1]["ratio"] != 1.0
+    assert curves[0][1]["kl"] == 0.0  # no reference, no KL
+
+
+def test_the_reference_follows_the_policy_when_asked(tmp_path):
+    flags = ["--steps", "3", "--eval-every", "0", "--sync-reference-every", "1"]
+    config = config_of(*SMALL, *flags, "--reference-mix", "1")
+    loaded = main.load(TINY, device="cpu", dtype="float32", reference=True)
+    main.train(config, loaded, device="cpu", folder=tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["kl"] for line in lines] == [0.0, 0.0, 0.0]

@@ -1,0 +1,90 @@
+"""plot_rewards.py on run folders as they are, whole and damaged."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import plot_rewards
+from plot_rewards import REWARDS, RunError, curve, moving_average, read_metrics
+
+
+@pytest.fixture
+def run(tmp_path):
+    def make(name: str, *, steps: int = 30, tail: str = ""):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [
+            json.dumps({"step": i, "prompts": 4 * (i + 1), **dict.fromkeys(REWARDS, i / 100)})
+            for i in range(steps)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines) + tail)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("window", [2, 7, 100])
+def test_moving_average_equals_a_plain_loop(window):
+    values = np.random.default_rng(0).normal(size=50)
+    values[[3, 20]] = np.nan
+    expected = [np.nanmean(values[max(0, i - window + 1) : i + 1]) for i in range(50)]
+    np.testing.assert_allclose(moving_average(values, window), expected)
+
+
+def test_moving_average_of_nothing_known_is_unknown():
+    assert np.isnan(moving_average(np.array([np.nan, np.nan, 1.0]), 2)).tolist() == [1, 1, 0]
+
+
+def test_one_run_gives_three_figures(run, capsys):
+    folder = run("base")
+    plot_rewards.main([str(folder)])
+    for key in REWARDS:
+        assert Image.open(folder / f"{key}.png").size == (960, 540)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_several_runs_give_one_figure(run, tmp_path):
+    plot_rewards.main([str(run("base")), str(run("rotated")), "--out", str(tmp_path)])
+    assert (tmp_path / "area_correctness_reward_variations.png").exists()
+
+
+def test_axis_counts_prompts_or_steps(run):
+    steps = read_metrics(run("base", steps=3))
+    assert curve(steps, "area_format_reward", "prompts")[0].tolist() == [4, 8, 12]
+    assert curve(steps, "area_format_reward", "steps")[0].tolist() == [1, 2, 3]
+
+
+def test_a_line_being_written_is_left_out(run):
+    assert len(read_metrics(run("half", tail='{"step": 30, "prom'))) == 30
+
+
+@pytest.mark.parametrize(
+    ("tail", "steps", "message"),
+    [
+        ("", 0, "no step has been logged yet"),
+        ('{"step": 0', 0, "no step has been logged yet"),
+        ("not json\n", 2, "line 3 is not a step of a run"),
+        ("[1]\n", 0, "line 1 is not a step of a run"),
+        ('{"step": 1}\n', 0, "line 1 is not a step of a run"),
+    ],
+)
+def test_damaged_runs_are_named(run, tail, steps, message):
+    with pytest.raises(RunError, match=message):
+        read_metrics(run("damaged", steps=steps, tail=tail))
+
+
+def test_values_that_are_missing_leave_a_gap(run):
+    folder = run("gap", steps=2, tail='{"step": 2, "prompts": 12, "kl": null}\n')
+    _, values = curve(read_metrics(folder), "kl", "steps")
+    assert np.isnan(values).all()
+    plot_rewards.main([str(folder)])
+
+
+@pytest.mark.parametrize("flags", [["missing"], ["missing", "--window", "0"], []])
+def test_bad_input_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plot_rewards.main(flags)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

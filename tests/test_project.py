@@ -1,0 +1,51 @@
+"""What holds for the project as a whole: who imports whom, and that examples in docstrings run."""
+
+import ast
+import doctest
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = {  # the import graph: file -> project files it may import
+    "rewards": set(),
+    "shapes": set(),
+    "runlog": set(),
+    "plot_rewards": set(),
+    "policy": set(),
+    "grpo": {"policy"},
+    "evaluate": {"policy", "rewards", "shapes"},
+    "cold_start": {"policy", "rewards", "shapes"},
+    "main": {"grpo", "policy", "rewards", "shapes", "evaluate", "runlog"},
+}
+
+
+def imported_by(module: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_all_files_are_in_the_graph():
+    assert {path.stem for path in ROOT.glob("*.py")} == IMPORTS.keys()
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_import_graph(module):
+    assert imported_by(module) & IMPORTS.keys() <= IMPORTS[module]
+
+
+def test_light_files_stay_light():
+    assert imported_by("rewards") <= sys.stdlib_module_names
+    assert "torch" not in imported_by("shapes") | imported_by("plot_rewards")
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(importlib.import_module(module)).failed == 0

@@ -1,0 +1,51 @@
+"""runlog.py: what stands in the run folder."""
+
+import json
+
+import pytest
+
+from runlog import RunLog, Stopwatch, free_folder
+
+
+def test_every_record_is_one_line_whatever_it_holds(tmp_path):
+    log = RunLog(tmp_path / "run", config={"seed": 1}, device="cpu")
+    record = {
+        "text": 'a\nb\u2028c\x00"\ud800',
+        "loss": float("nan"),
+        "rewards": [float("inf"), 1.0],
+    }
+    log.write("samples", record)
+    log.write("samples", {"step": 1})
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[0]) == {**record, "loss": None, "rewards": [None, 1.0]}
+
+
+def test_config_json_tells_how_the_run_was_made(tmp_path):
+    RunLog(tmp_path / "run", config={"seed": 1}, device="cpu").close()
+    description = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert description["config"] == {"seed": 1}
+    assert description["device"] == "cpu"
+    assert {"python", "torch", "transformers"} <= description["versions"].keys()
+    assert {"command", "git_commit", "started"} <= description.keys()
+
+
+def test_an_existing_run_is_never_written_to(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileExistsError):
+        RunLog(tmp_path / "run", config={}, device="cpu")
+    assert free_folder(tmp_path, "new") == tmp_path / "new"
+    assert free_folder(tmp_path, "run") == tmp_path / "run-2"
+    (tmp_path / "run-2").mkdir()
+    assert free_folder(tmp_path, "run") == tmp_path / "run-3"
+
+
+def test_laps_add_up_and_wait_for_the_device():
+    waits = []
+    watch = Stopwatch(lambda: waits.append(1))
+    start = watch.last
+    for phase in ("a_s", "b_s", "a_s"):
+        watch.lap(phase)
+    assert list(watch.seconds) == ["a_s", "b_s"]
+    assert sum(watch.seconds.values()) == pytest.approx(watch.last - start)
+    assert len(waits) == 3
