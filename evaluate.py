@@ -31,13 +31,14 @@ from shapes import KINDS, Shape, ShapeSpec, check_image_size, make_example
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 SIZE_THIRDS = ("small", "medium", "large")  # thirds of the examples, by true area
 COLUMNS = {  # of the table: heading and key of `summarize`
-    "n": "examples",
     "area": "area_correctness_reward",
     "decimals": "area_format_reward",
     "xml": "xml_format_reward",
     "mean err": "relative_error_mean",
-    "median err": "relative_error_median",
+    "median": "relative_error_median",
 }
+RATE_COLUMNS = {"dec. %": "two_decimals", "xml %": "strict_xml"}
+SHARE_COLUMNS = {"within 5 %": "within_5_percent", "within 10 %": "within_10_percent"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +145,20 @@ def groups_of(answers: list[Answer]) -> dict[str, list[Answer]]:
 
 
 def table(summaries: dict[str, dict[str, float]]) -> str:
-    """Return the summaries as aligned lines, shares in percent with their intervals."""
-    lines = [f"{'':10}" + "".join(f"{heading:>11}" for heading in COLUMNS)]
-    lines[0] += f"{'within 5 %':>20}{'within 10 %':>20}"
+    """Return the summaries as aligned lines: rewards and errors, then shares in percent."""
+    lines = [
+        f"{'':9}{'n':>5}"
+        + "".join(f"{heading:>9}" for heading in COLUMNS)
+        + "".join(f"{heading:>8}" for heading in RATE_COLUMNS)
+        + "".join(f"{heading + ' (95 %)':>20}" for heading in SHARE_COLUMNS)
+    ]
     for name, summary in summaries.items():
-        cells = [summary[key] for key in COLUMNS.values()]
-        line = f"{name:10}" + "".join(
-            f"{cell:>11}" if isinstance(cell, int) else f"{cell:>11.3f}" for cell in cells
-        )
-        for key in ("within_5_percent", "within_10_percent"):
+        line = f"{name:9}{summary['examples']:>5}"
+        line += "".join(f"{summary[key]:>9.3f}" for key in COLUMNS.values())
+        line += "".join(f"{100 * summary[key]:>8.1f}" for key in RATE_COLUMNS.values())
+        for key in SHARE_COLUMNS.values():
             value, low, high = (100 * summary[key + end] for end in ("", "_low", "_high"))
-            line += f"{value:>8.1f} ({low:4.1f}-{high:4.1f})"
+            line += f"{value:>8.1f} ({low:4.1f}-{high:5.1f})"
         lines.append(line)
     return "\n".join(lines)
 
@@ -242,6 +246,7 @@ def settle(args: argparse.Namespace) -> str:
         if not (folder / "final").is_dir():
             raise ValueError(f"{folder}: this run has no final/ model yet")
         model, settings = str(folder / "final"), DEFAULTS | run_config(folder)
+    max_rotation_given = args.max_rotation is not None
     for name in DEFAULTS:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
@@ -251,6 +256,8 @@ def settle(args: argparse.Namespace) -> str:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}")
     check_image_size(args.image_size)
+    if max_rotation_given and not args.rotate:
+        raise ValueError("--max-rotation: has no effect without --rotate")
     args.plot = args.plot or (folder if model != args.target else Path()) / "evaluation.png"
     for path in (args.json, args.plot):
         if path is not None and not path.parent.is_dir():

@@ -8,6 +8,7 @@ python main.py --min-size 5 --max-size 35
 
 import argparse
 import dataclasses
+import os
 import resource
 import statistics
 import sys
@@ -479,8 +480,11 @@ def check_limits(knob_field: dataclasses.Field, value) -> None:
 
 
 def choose_folder(config: Config, preset: str) -> Path:
-    """Return the new run's folder. Raises `ValueError` if a run of the given name exists."""
+    """Return the new run's folder. Raises `ValueError` if it exists or cannot be made."""
     runs = Path(config.runs)
+    existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"--runs {runs}: cannot write to {existing}")
     if not config.name:
         model = Path(config.model).name
         return free_folder(runs, preset if preset != "default" else model)
@@ -506,9 +510,9 @@ def main(arguments: list[str] | None = None) -> None:
             command_that_runs="python main.py --preset tiny",
         )
         loaded = load(config.model, device=device, dtype=dtype, reference=config.beta > 0)
-        train(config, loaded, device=device, folder=folder)
     except (ValueError, ModelError) as error:
         parser.error(str(error))
+    train(config, loaded, device=device, folder=folder)
     print(f"{folder}: done. Next: python plot_rewards.py {folder} ; python evaluate.py {folder}")
 
 

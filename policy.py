@@ -273,18 +273,10 @@ def generate(
     penalties, whatever the checkpoint's generation_config says. Each prompt is read once; its
     keys and values are then handed to its G rows.
     """
-    model.eval()  # in training mode, checkpointing would silently drop the cache
     language_model = model.model.language_model
     stops = torch.tensor(stop_ids(model), device=model.device)
-    embeds, positions, next_position = embed_prompts(model, prompts)
-    cache = DynamicCache(config=model.config.text_config)
-    hidden = decode(language_model, embeds, positions, cache)[:, -1:]  # (Q, 1, hidden)
-    if cache.get_seq_length() != embeds.shape[1]:
-        raise RuntimeError("the prompts left no key-value cache: sampling would ignore them")
-    cache.batch_repeat_interleave(group_size)
-    hidden = hidden.repeat_interleave(group_size, 0)  # (B, 1, hidden)
-    next_position = next_position.repeat_interleave(group_size, 0)  # (B, 1)
     vocabulary = at_least_fp32(model.lm_head.weight)  # (V, hidden)
+    hidden, cache, next_position = read_prompts(model, prompts, group_size)
 
     finished = torch.zeros(len(hidden), 1, dtype=torch.bool, device=hidden.device)
     ids, logprobs, mask = [], [], []
@@ -306,6 +298,22 @@ def generate(
         mask=torch.cat(mask, 1)[:, :length],
         logprobs=torch.cat(logprobs, 1)[:, :length],
         truncated=~finished[:, 0],
+    )
+
+
+def read_prompts(model, prompts: Prompts, group_size: int) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Return last states (B, 1, hidden), cache, next positions (B, 1); reads each prompt once."""
+    model.eval()  # in training mode, checkpointing would silently drop the cache
+    embeds, positions, next_position = embed_prompts(model, prompts)
+    cache = DynamicCache(config=model.config.text_config)
+    hidden = decode(model.model.language_model, embeds, positions, cache)[:, -1:]
+    if cache.get_seq_length() != embeds.shape[1]:
+        raise RuntimeError("the prompts left no key-value cache: sampling would ignore them")
+    cache.batch_repeat_interleave(group_size)
+    return (
+        hidden.repeat_interleave(group_size, 0),
+        cache,
+        next_position.repeat_interleave(group_size, 0),
     )
 
 

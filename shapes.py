@@ -37,6 +37,7 @@ AXES_BOX = (
 class ShapeSpec:
     """Which shapes are drawn: sizes in grid units, the largest turn to either side in degrees.
 
+    The errors name the command-line flags that set these values.
     Raises `ValueError`, in one line, for a range that is empty, not positive or cannot fit the
     grid.
     """
@@ -47,23 +48,23 @@ class ShapeSpec:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.min_size) and self.min_size > 0):
-            raise ValueError(f"min size {self.min_size:g}: a size must be above 0")
+            raise ValueError(f"--min-size {self.min_size:g}: must be above 0")
         if not (math.isfinite(self.max_size) and self.max_size >= self.min_size):
             raise ValueError(
-                f"min size {self.min_size:g}, max size {self.max_size:g}: the range is empty"
+                f"--min-size {self.min_size:g}, --max-size {self.max_size:g}: the range is empty"
             )
         if not 0 <= self.max_rotation <= 180:
-            raise ValueError(f"max rotation {self.max_rotation:g}: give degrees from 0 to 180")
+            raise ValueError(f"--max-rotation {self.max_rotation:g}: must be degrees from 0 to 180")
         if self.max_size - self.min_size < 2 * MIN_SIDE_DIFFERENCE:
             raise ValueError(
-                f"min size {self.min_size:g}, max size {self.max_size:g}: the range must be at "
+                f"--min-size {self.min_size:g}, --max-size {self.max_size:g}: the range must be at "
                 f"least {2 * MIN_SIDE_DIFFERENCE:g} wide, or rectangles could be taken for squares"
             )
         extent = largest_extent(self.max_size, self.max_rotation)
         if extent > GRID:
             raise ValueError(
-                f"max size {self.max_size:g} turned by up to {self.max_rotation:g} degrees: can be "
-                f"{extent:.1f} wide, and the grid is {GRID:g} x {GRID:g}"
+                f"--max-size {self.max_size:g}, turned by up to {self.max_rotation:g} degrees: "
+                f"can be {extent:.1f} wide, and the grid is {GRID:g} x {GRID:g}"
             )
 
 
@@ -179,7 +180,7 @@ def check_image_size(image_size: int) -> None:
     """Raise `ValueError` unless the image is a whole number of the model's visual tokens."""
     if image_size <= 0 or image_size % IMAGE_MULTIPLE:
         raise ValueError(
-            f"image size {image_size}: must be a positive multiple of {IMAGE_MULTIPLE} pixels"
+            f"--image-size {image_size}: must be a positive multiple of {IMAGE_MULTIPLE} pixels"
         )
 
 
