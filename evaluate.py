@@ -1,4 +1,4 @@
-"""Held-out evaluation: greedy answers to examples that training never sees, judged and broken down.
+"""Held-out evaluation: answers to examples that training never sees, judged and broken down.
 
 python evaluate.py RUN_OR_MODEL
 python evaluate.py runs/tiny --rotate --examples 512 --json rotated.json
@@ -22,6 +22,7 @@ from policy import (
     encode,
     generate,
     load,
+    make_generator,
     place,
     stop_ids,
 )
@@ -64,8 +65,9 @@ def evaluate(
     reasoning_tag: str,
     max_new_tokens: int,
     batch_size: int,
+    temperature: float = 0.0,
 ) -> Iterator[Answer]:
-    """Yield the model's answers to the first `examples` of the "eval" split, decoded greedily."""
+    """Yield the model's answers to the first `examples` of the "eval" split; greedy by default."""
     prompt = make_prompt(reasoning_tag)
     for start in range(0, examples, batch_size):
         batch = [
@@ -83,8 +85,9 @@ def evaluate(
             ),
             group_size=1,
             max_new_tokens=max_new_tokens,
-            temperature=0.0,
+            temperature=temperature,
             pad_id=processor.tokenizer.pad_token_id,
+            generator=make_generator(model.device, seed, start),
         )
         texts = completion_texts(processor, completions, stop_ids(model))
         for example, text in zip(batch, texts, strict=True):
@@ -211,6 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", **count, help="limit of an answer")
     parser.add_argument("--examples", **count, default=256, help="held-out examples; default: 256")
     parser.add_argument("--batch-size", **count, default=32, help="examples at once; default: 32")
+    parser.add_argument("--temperature", **number, default=0.0, help="default: 0, greedy")
     parser.add_argument("--show", **count, default=3, help="answers to print; default: 3")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here")
@@ -255,6 +259,8 @@ def settle(args: argparse.Namespace) -> str:
         if getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature:g}: must be 0 or above")
     check_image_size(args.image_size)
     if max_rotation_given and not args.rotate:
         raise ValueError("--max-rotation: has no effect without --rotate")
@@ -297,6 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
         reasoning_tag=args.reasoning_tag,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
+        temperature=args.temperature,
     )
     answers = list(tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False))
     for answer in answers[: args.show]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import optimi
 import torch
 from tqdm import tqdm
@@ -40,6 +39,7 @@ from policy import (
     enable_checkpointing,
     encode,
     load,
+    make_generator,
     place,
 )
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
@@ -127,10 +127,11 @@ PRESETS = {
         "micro_batch": 8,
     },
 }
-MAX_SAMPLER_GAP = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.1,
-}  # mean, in nats per token, at the first step
+UPDATE_KNOBS = ("loss", "inner_epochs", "micro_batch", "temperature", "beta", "clip_eps")
+UPDATE_KNOBS += ("clip_eps_high", "max_grad_norm", "max_new_tokens")
+ADAM_EPS = 1e-8  # the gradient of one of 8 billion weights is about 1e-5 after clipping
+# mean |log-prob sampled - scored| at the first step that still is rounding, in nats per token
+MAX_SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 MAX_SKIPPED = 5  # steps in a row without a finite gradient
 
 
@@ -160,7 +161,7 @@ def train(config: Config, loaded: Loaded, *, device: str, folder: Path) -> None:
             partial(judge, config, examples),
             **pick(config, "group_size", "max_new_tokens", "temperature"),
             divide_by_std=config.loss != "dr_grpo",
-            generator=make_generator(config, step, device),
+            generator=make_generator(device, config.seed, step),
         )
         watch.lap("rollout_s")
         if reference is not None:
@@ -184,10 +185,6 @@ def train(config: Config, loaded: Loaded, *, device: str, folder: Path) -> None:
     log.close()
 
 
-UPDATE_KNOBS = ("loss", "inner_epochs", "micro_batch", "temperature", "beta", "clip_eps")
-UPDATE_KNOBS += ("clip_eps_high", "max_grad_norm", "max_new_tokens")
-
-
 def pick(config: Config, *names: str) -> dict:
     """Return some knobs as keyword arguments."""
     return {name: getattr(config, name) for name in names}
@@ -199,6 +196,7 @@ def make_optimizer(config: Config, policy) -> optimi.AdamW:
         policy.parameters(),
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
+        eps=ADAM_EPS,
         weight_decay=config.weight_decay,
     )
 
@@ -232,12 +230,6 @@ def encode_examples(config: Config, processor, examples: list[Example], device: 
         prompt=make_prompt(config.reasoning_tag),
         device=device,
     )
-
-
-def make_generator(config: Config, step: int, device: str) -> torch.Generator:
-    """Return the random numbers of a step's rollout, a function of seed and step alone."""
-    (state,) = np.random.SeedSequence([config.seed, step]).generate_state(1)
-    return torch.Generator(device).manual_seed(int(state))
 
 
 def judge(config: Config, examples: list[Example], text: str, prompt_index: int) -> Reward:

@@ -14,6 +14,7 @@ import copy
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from qwen_vl_utils import process_vision_info
@@ -265,7 +266,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     pad_id: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None,
 ) -> Completions:
     """Return G completions of each prompt, all rows decoded together; temperature 0 is greedy.
 
@@ -315,6 +316,12 @@ def read_prompts(model, prompts: Prompts, group_size: int) -> tuple[Tensor, Dyna
         cache,
         next_position.repeat_interleave(group_size, 0),
     )
+
+
+def make_generator(device: str, *numbers: int) -> torch.Generator:
+    """Return random numbers that are a function of some numbers, such as seed and step, alone."""
+    (state,) = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator(device).manual_seed(int(state))
 
 
 def decode(language_model, embeds: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:

@@ -85,6 +85,8 @@ def test_the_command(tmp_path, capsys):
         ["missing/folder/x"],
         [TINY, "--examples", "0"],
         [TINY, "--batch-size", "many"],
+        [TINY, "--temperature", "-1"],
+        [TINY, "--max-rotation", "10"],
         [TINY, "--min-size", "30", "--max-size", "20"],
         [TINY, "--image-size", "100"],
         [TINY, "--json", "/no/such/folder/x.json"],

@@ -19,6 +19,7 @@ from policy import (
     encode,
     generate,
     load,
+    make_generator,
     parameter_count,
     place,
     token_logprobs,
@@ -202,6 +203,14 @@ def test_samples_follow_the_seed_and_rows_differ(model, prompts):
     assert torch.equal(first.ids, again.ids)
     assert not torch.equal(first.ids, sample(model, prompts, seed=2).ids)
     assert len({tuple(row) for row in first.ids.tolist()}) == 6
+
+
+def test_random_numbers_are_a_function_of_seed_and_step():
+    def first(*numbers):
+        return torch.rand(1, generator=make_generator("cpu", *numbers)).item()
+
+    assert len({first(seed, step) for seed in (0, 1) for step in (0, 1)}) == 4
+    assert first(1, 0) == first(1, 0)
 
 
 def test_drawn_tokens_follow_the_softmax():
