@@ -122,7 +122,7 @@ PRESETS = {
         "prompts_per_step": 8,
         "max_new_tokens": 48,
         "beta": 0.02,
-        "lr": 1e-4,
+        "lr": 1.5e-4,
         "warmup_steps": 10,
         "micro_batch": 8,
     },
