@@ -11,6 +11,7 @@ left by the previous call.
 """
 
 import copy
+import logging
 import os
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loa
             model, dtype=DTYPES[dtype], use_safetensors=True
         )
     except Exception as error:  # whatever a damaged folder or a lost connection makes it raise
-        raise ModelError(f"--model {model}: cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
     processor.tokenizer.padding_side = "right"
     policy.to(device).eval()
     frozen = copy.deepcopy(policy).requires_grad_(False) if reference else None
@@ -86,18 +87,20 @@ def enable_checkpointing(model) -> None:
 
 def model_config(model: str) -> Qwen2_5_VLConfig:
     """Return the config of a folder or hub id. Raises `ModelError` if it is not Qwen2.5-VL."""
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_local and not os.path.isdir(model):
-        raise ModelError(f"--model {model}: no such folder, and not a hub id like Qwen/NAME")
+    owner = model.split("/")[0]
+    is_hub_id = model.count("/") == 1 and owner not in ("", ".", "..", "~")
+    if not os.path.isdir(model) and (not is_hub_id or os.path.isdir(owner)):
+        raise ModelError(f"model {model}: no such folder, and not a hub id like Qwen/NAME")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
     try:
         config = AutoConfig.from_pretrained(model)
     except Exception as error:
         where = "in this folder" if os.path.isdir(model) else "on disk or on the hub"
         raise ModelError(
-            f"--model {model}: no readable model {where}: {first_line(error)}"
+            f"model {model}: no readable model {where}: {first_line(error)}"
         ) from error
     if config.model_type != MODEL_TYPE:
-        raise ModelError(f"--model {model}: is a {config.model_type} model, not {MODEL_TYPE}")
+        raise ModelError(f"model {model}: is a {config.model_type} model, not {MODEL_TYPE}")
     return config
 
 
@@ -134,7 +137,8 @@ def place(
         dtype = "bfloat16" if device == "cuda" else "float32"
     needed = count * bytes_per_parameter(dtype, training=training, reference=reference)
     purpose = "to train, activations not counted" if training else "to run"
-    asks = f"{model} ({count / 1e9:.2f} billion parameters) needs {needed / GIB:.0f} GiB {purpose}"
+    size = f"{count / 1e9:.2f} billion" if count > 1e8 else f"{count / 1e6:.1f} million"
+    asks = f"{model} ({size} parameters) needs {needed / GIB:.1f} GiB {purpose}"
     if device == "cuda" and not found_gpu:
         flag = "" if wanted == "auto" else "--device cuda: "
         raise ModelError(f"{flag}{asks}, on a CUDA GPU; found: no CUDA GPU. {runs_here}")

@@ -313,7 +313,7 @@ def test_a_machine_without_gpu_is_told_what_runs(monkeypatch):
         )
     gib = 8_292_166_656 * 12 / 2**30  # bf16: weight, gradient, Kahan, two moments, reference
     message = str(refusal.value)
-    assert f"{gib:.0f} GiB" in message
+    assert f"{gib:.1f} GiB" in message
     assert "no CUDA GPU" in message
     assert "python main.py --preset tiny" in message
     assert "\n" not in message
