@@ -3,15 +3,16 @@
     python cold_start.py --from-scratch --out tiny         # makes the bundled tiny model
     python cold_start.py --model MODEL --out DIR           # starts from any Qwen2.5-VL
 
-The answers it trains on are synthetic: shape, dimensions, formula, area. A share of them is
-sloppy on purpose (missing decimals, missing tags, chatter), so that the format is left for GRPO
-to teach, as it is with an instruct model.
+The answers it trains on are synthetic: shape, dimensions, formula, area. Shares of them are
+flawed on purpose, in format (missing decimals, missing tags, chatter) or in substance (a wrong
+formula), so that both are left for GRPO to teach, as they are with an instruct model.
 """
 
 import argparse
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,23 @@ from policy import DTYPES, Loaded, ModelError, completion_logprobs, encode, load
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from shapes import Example, Shape, ShapeSpec, check_image_size, make_example
 
-DESCRIPTIONS = {
-    "rectangle": "rectangle, width {width:.0f}, height {height:.0f}: width * height",
-    "circle": "circle, diameter {width:.0f}: pi * (diameter / 2)^2",
-    "square": "square, side {width:.0f}: side * side",
-    "triangle": "triangle, base {width:.0f}, height {height:.0f}: base * height / 2",
+DIMENSIONS = {
+    "rectangle": "rectangle, width {width:.0f}, height {height:.0f}",
+    "circle": "circle, diameter {width:.0f}",
+    "square": "square, side {width:.0f}",
+    "triangle": "triangle, base {width:.0f}, height {height:.0f}",
+}
+FORMULAS = {
+    "rectangle": "width * height",
+    "circle": "pi * (diameter / 2)^2",
+    "square": "side * side",
+    "triangle": "base * height / 2",
+}
+MISTAKES = {  # perimeters, and a triangle without its half
+    "rectangle": ("2 * (width + height)", lambda shape: 2 * (shape.width + shape.height)),
+    "circle": ("pi * diameter", lambda shape: math.pi * shape.width),
+    "square": ("4 * side", lambda shape: 4 * shape.width),
+    "triangle": ("base * height", lambda shape: shape.width * shape.height),
 }
 TIDY = "<{tag}>{reasoning}</{tag}><answer>{area:.2f}</answer>"
 SLOPPY = (
@@ -68,27 +81,33 @@ SPECIAL_TOKENS += ("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video
 # --- the synthetic answers --------------------------------------------------------------
 
 
-def synthetic_answer(
-    shape: Shape,
-    *,
-    reasoning_tag: str,
-    sloppy: float,
-    area_noise: float,
-    rng: np.random.Generator,
-) -> str:
-    """Return an answer whose format is off with probability `sloppy`.
+@dataclass(frozen=True, slots=True)
+class Flaws:
+    """How far synthetic answers are from perfect."""
 
-    Its area is off by a factor exp(area_noise * z), z standard normal.
+    sloppy: float = 0.0  # share whose format is off
+    mistakes: float = 0.0  # share that apply a wrong formula
+    area_noise: float = 0.0  # standard deviation of the log of the area
+
+
+def synthetic_answer(
+    shape: Shape, *, reasoning_tag: str, flaws: Flaws, rng: np.random.Generator
+) -> str:
+    """Return an answer for a shape: its dimensions, a formula, the area that follows, flawed.
 
     >>> shape = Shape("square", 20.0, 20.0, (25, 25), (), (0, 0, 0))
     >>> rng = np.random.default_rng(0)
-    >>> synthetic_answer(shape, reasoning_tag="think", sloppy=0.0, area_noise=0.0, rng=rng)
+    >>> synthetic_answer(shape, reasoning_tag="think", flaws=Flaws(), rng=rng)
     '<think>square, side 20: side * side</think><answer>400.00</answer>'
     """
-    style = SLOPPY[rng.integers(len(SLOPPY))] if rng.uniform() < sloppy else TIDY
-    reasoning = DESCRIPTIONS[shape.kind].format(width=shape.width, height=shape.height)
-    area = shape.area * math.exp(area_noise * rng.standard_normal())
-    return style.format(tag=reasoning_tag, reasoning=reasoning, area=area)
+    style = SLOPPY[rng.integers(len(SLOPPY))] if rng.uniform() < flaws.sloppy else TIDY
+    formula, area = FORMULAS[shape.kind], shape.area
+    if rng.uniform() < flaws.mistakes:
+        formula, mistaken_area = MISTAKES[shape.kind]
+        area = mistaken_area(shape)
+    area *= math.exp(flaws.area_noise * rng.standard_normal())
+    dimensions = DIMENSIONS[shape.kind].format(width=shape.width, height=shape.height)
+    return style.format(tag=reasoning_tag, reasoning=f"{dimensions}: {formula}", area=area)
 
 
 def encode_answers(tokenizer, answers: list[str], device: str) -> tuple[Tensor, Tensor]:
@@ -111,7 +130,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     spec = ShapeSpec(min_size=5.0, max_size=35.0)
     shapes = [make_example(spec, seed=0, split="cold_start", index=i).shape for i in range(500)]
     answers = [
-        synthetic_answer(shape, reasoning_tag=tag, sloppy=0.5, area_noise=0.4, rng=rng)
+        synthetic_answer(shape, reasoning_tag=tag, flaws=Flaws(0.5, 0.5, 0.1), rng=rng)
         for shape in shapes
         for tag in REASONING_TAGS
     ]
@@ -193,6 +212,7 @@ def example_batches(
 def supervise(loaded: Loaded, batches: Iterator[list[Example]], args: argparse.Namespace) -> None:
     """Train the policy in place on synthetic answers: cross-entropy over all answer tokens."""
     model, processor = loaded.policy, loaded.processor
+    flaws = Flaws(args.sloppy, args.mistakes, args.area_noise)
     optimizer = optimi.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     progress = tqdm(batches, total=args.steps, unit="step", desc="cold start")
     for step, examples in enumerate(progress):
@@ -201,13 +221,7 @@ def supervise(loaded: Loaded, batches: Iterator[list[Example]], args: argparse.N
         tag = REASONING_TAGS[step % SECOND_TAG_EVERY == SECOND_TAG_EVERY - 1]
         rng = np.random.default_rng([args.seed, step])
         answers = [
-            synthetic_answer(
-                example.shape,
-                reasoning_tag=tag,
-                sloppy=args.sloppy,
-                area_noise=args.area_noise,
-                rng=rng,
-            )
+            synthetic_answer(example.shape, reasoning_tag=tag, flaws=flaws, rng=rng)
             for example in examples
         ]
         images = [example.image for example in examples]
@@ -254,10 +268,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers a step")
     parser.add_argument("--lr", type=float, metavar="X", help="1e-3 from scratch, else 1e-5")
-    parser.add_argument("--sloppy", type=float, default=0.45, metavar="X", help="share of answers")
-    parser.add_argument(
-        "--area-noise", type=float, default=0.2, metavar="X", help="std of the log of the areas"
-    )
+    share = {"type": float, "metavar": "X"}
+    parser.add_argument("--sloppy", **share, default=0.45, help="share with a flawed format")
+    parser.add_argument("--mistakes", **share, default=0.35, help="share with a wrong formula")
+    parser.add_argument("--area-noise", **share, default=0.1, help="std of the log of the areas")
     parser.add_argument("--min-size", type=float, default=5.0, metavar="X", help="grid units")
     parser.add_argument("--max-size", type=float, default=35.0, metavar="X", help="grid units")
     parser.add_argument("--max-rotation", type=float, default=45.0, metavar="X", help="degrees")
@@ -299,8 +313,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not least <= getattr(args, name) < math.inf:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}")
-    if not 0 <= args.sloppy <= 1:
-        raise ValueError(f"--sloppy {args.sloppy:g}: must be a share, from 0 to 1")
+    for name in ("sloppy", "mistakes"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} {getattr(args, name):g}: must be a share, from 0 to 1")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr {args.lr:g}: must be above 0")
     if args.out.exists():

@@ -99,7 +99,7 @@ class Config:
     micro_batch: int = knob(1, "prompts per backward pass; memory only, same gradient", least=1)
     # run
     seed: int = knob(0, "of examples and samples", least=0)
-    name: str = knob("", "run folder in --runs; default: the preset's or model's name")
+    name: str = knob("", "run folder in --runs; empty: named after the preset or model")
     runs: str = knob("runs", "folder of all run folders")
     log_every: int = knob(10, "steps between two lines on the terminal", least=1)
     sample_every: int = knob(10, "steps between two entries of samples.jsonl", least=1)

@@ -72,6 +72,17 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
+def change(run: Path, window: int) -> str:
+    """Return one line: each reward's mean over the first and over the last `window` steps."""
+    steps = read_metrics(run)
+    parts = []
+    for key in REWARDS:
+        _, values = curve(steps, key, "steps")
+        first, last = np.nanmean(values[:window]), np.nanmean(values[-window:])
+        parts.append(f"{key} {first:.2f} -> {last:.2f}")
+    return f"{run}: " + ", ".join(parts)
+
+
 # --- drawing ------------------------------------------------------------------------------
 
 
@@ -143,11 +154,14 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             out = args.out or Path()
             paths = draw_variations(args.runs, out, window=args.window, axis=args.axis)
+        changes = [change(run, args.window) for run in args.runs]
     except RunError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"--out: {error}")
-    print("\n".join(str(path) for path in paths))
+    print("\n".join(map(str, paths)))
+    print(f"Means over the first and the last {args.window} steps:")
+    print("\n".join(changes))
 
 
 if __name__ == "__main__":

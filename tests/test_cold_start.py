@@ -8,7 +8,14 @@ import torch
 from conftest import TINY
 
 import cold_start
-from cold_start import encode_answers, synthetic_answer, tiny_tokenizer, warmup_cosine
+from cold_start import (
+    MISTAKES,
+    Flaws,
+    encode_answers,
+    synthetic_answer,
+    tiny_tokenizer,
+    warmup_cosine,
+)
 from policy import load
 from rewards import score
 from shapes import ShapeSpec, make_example
@@ -16,30 +23,37 @@ from shapes import ShapeSpec, make_example
 SPEC = ShapeSpec(min_size=5.0)
 
 
-def answers_and_areas(*, sloppy: float, area_noise: float = 0.0, tag: str = "reasoning"):
+def answers_and_shapes(tag: str = "reasoning", **flaws: float):
     rng = np.random.default_rng(0)
     for i in range(200):
         shape = make_example(SPEC, seed=0, split="cold_start", index=i).shape
-        options = {"reasoning_tag": tag, "sloppy": sloppy, "area_noise": area_noise}
-        yield synthetic_answer(shape, rng=rng, **options), shape.area
+        yield synthetic_answer(shape, reasoning_tag=tag, flaws=Flaws(**flaws), rng=rng), shape
 
 
 @pytest.mark.parametrize("tag", ["reasoning", "think"])
-def test_a_tidy_answer_earns_everything(tag):
-    for answer, area in answers_and_areas(sloppy=0.0, tag=tag):
-        assert score(answer, area, reasoning_tag=tag).total == pytest.approx(4.0, abs=0.01)
+def test_an_answer_without_flaws_earns_everything(tag):
+    for answer, shape in answers_and_shapes(tag):
+        assert score(answer, shape.area, reasoning_tag=tag).total == pytest.approx(4.0, abs=0.01)
 
 
 def test_a_sloppy_answer_lacks_format_but_has_an_area():
-    rewards = [score(answer, area) for answer, area in answers_and_areas(sloppy=1.0)]
+    rewards = [score(answer, shape.area) for answer, shape in answers_and_shapes(sloppy=1.0)]
     assert all(r.area_format + r.xml_format < 1.0 for r in rewards)
     assert all(r.relative_error < 0.05 for r in rewards)
     assert {(r.area_format, r.xml_format) for r in rewards} == {(0, 0), (0, 0.5), (0.5, 0)}
 
 
+def test_a_mistake_is_well_formed_and_consistent():
+    for answer, shape in answers_and_shapes(mistakes=1.0):
+        formula, mistaken_area = MISTAKES[shape.kind]
+        reward = score(answer, mistaken_area(shape))
+        assert reward.total == pytest.approx(4.0, abs=0.01)
+        assert f": {formula}</reasoning>" in answer
+
+
 def test_area_noise_is_the_std_of_the_log():
-    pairs = answers_and_areas(sloppy=0.0, area_noise=0.3)
-    logs = [np.log(score(answer, area).predicted / area) for answer, area in pairs]
+    pairs = answers_and_shapes(area_noise=0.3)
+    logs = [np.log(score(answer, shape.area).predicted / shape.area) for answer, shape in pairs]
     assert np.std(logs) == pytest.approx(0.3, abs=0.05)
 
 
@@ -97,6 +111,8 @@ def test_the_command_from_scratch_and_from_a_model(tmp_path):
         ["--from-scratch"],
         ["--from-scratch", "--out", "x", "--steps", "0"],
         ["--from-scratch", "--out", "x", "--sloppy", "2"],
+        ["--from-scratch", "--out", "x", "--mistakes", "-1"],
+        ["--from-scratch", "--out", "x", "--area-noise", "nan"],
     ],
 )
 def test_bad_input_is_one_line(flags, capsys):

@@ -16,7 +16,7 @@ def run(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         lines = [
-            json.dumps({"step": i, "prompts": 4 * (i + 1), **dict.fromkeys(REWARDS, i / 100)})
+            json.dumps({"step": i, "prompts": 4 * (i + 1), **dict.fromkeys(REWARDS, i / 50)})
             for i in range(steps)
         ]
         (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines) + tail)
@@ -42,7 +42,9 @@ def test_one_run_gives_three_figures(run, capsys):
     plot_rewards.main([str(folder)])
     for key in REWARDS:
         assert Image.open(folder / f"{key}.png").size == (960, 540)
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    *paths, _, change = capsys.readouterr().out.splitlines()
+    assert [path.rsplit("/")[-1] for path in paths] == [f"{key}.png" for key in REWARDS]
+    assert "area_correctness_reward 0.19 -> 0.39" in change  # of 0.00, 0.02, ... 0.58
 
 
 def test_several_runs_give_one_figure(run, tmp_path):
