@@ -153,7 +153,7 @@ def table(summaries: dict[str, dict[str, float]]) -> str:
         f"{'':9}{'n':>5}"
         + "".join(f"{heading:>9}" for heading in COLUMNS)
         + "".join(f"{heading:>8}" for heading in RATE_COLUMNS)
-        + "".join(f"{heading + ' (95 %)':>20}" for heading in SHARE_COLUMNS)
+        + "".join(f"{heading + ' (95 %)':>21}" for heading in SHARE_COLUMNS)
     ]
     for name, summary in summaries.items():
         line = f"{name:9}{summary['examples']:>5}"

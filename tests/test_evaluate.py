@@ -44,7 +44,8 @@ def test_wilson_interval_solves_its_equation():
     """Its ends are where |hits/n - p| is 1.96 standard errors of p itself."""
     for hits, trials in ((0, 10), (3, 10), (10, 10), (77, 256)):
         low, high = wilson_interval(hits, trials)
-        assert 0 <= low <= hits / trials <= high <= 1
+        assert 0 <= low < high <= 1
+        assert low - 1e-12 <= hits / trials <= high + 1e-12
         for end in (low, high):
             if 1e-9 < end < 1 - 1e-9:
                 error = abs(hits / trials - end) / (end * (1 - end) / trials) ** 0.5

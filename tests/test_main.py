@@ -28,7 +28,8 @@ def config_of(*flags: str) -> Config:
 # --- command line -------------------------------------------------------------------------
 
 
-def test_every_knob_is_in_the_help():
+def test_every_knob_is_in_the_help(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no line breaks inside a default
     text = make_parser().format_help()
     for knob in dataclasses.fields(Config):
         assert "--" + knob.name.replace("_", "-") in text
