@@ -5,6 +5,7 @@ python evaluate.py runs/tiny --rotate --examples 512 --json rotated.json
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -170,7 +171,7 @@ def table(summaries: dict[str, dict[str, float]]) -> str:
 
 
 def draw(answers: list[Answer], path: Path, *, title: str) -> None:
-    """Write a picture: predicted against true area, one colour per class, unread answers named."""
+    """Write a picture: predicted against true area, one colour per class."""
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -182,9 +183,10 @@ def draw(answers: list[Answer], path: Path, *, title: str) -> None:
         predicted = [min(max(answer.reward.predicted, 0.0), limit) for answer in read]
         axes.scatter(true, predicted, s=14, alpha=0.7, label=f"{kind} ({len(read)})", clip_on=False)
     unread = sum(answer.reward.predicted is None for answer in answers)
-    axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal", title=title)
+    axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
+    axes.set_title(f"{title}: {len(answers)} held-out examples, {unread} without a number")
     axes.set_xlabel("true area, square grid units")
-    axes.set_ylabel(f"predicted area (beyond the frame: on its edge; no number: {unread})")
+    axes.set_ylabel("predicted area (beyond the frame: drawn on its edge)")
     axes.legend(loc="upper left")
     figure.savefig(path)
 
@@ -279,8 +281,27 @@ def run_config(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'}: not readable: {error}") from error
 
 
+def report(answers: list[Answer], spec: ShapeSpec, args: argparse.Namespace) -> None:
+    """Print some answers and the table; write the picture and, if asked, all numbers."""
+    for answer in answers[: args.show]:
+        print(f"{answer.shape.kind}, area {answer.shape.area:.2f}: {answer.text!r}")
+    summaries = {name: summarize(group) for name, group in groups_of(answers).items()}
+    print(f"{args.target}: {spec}, relative errors are capped at 1")
+    print(table(summaries))
+    draw(answers, args.plot, title=args.target)
+    print(f"picture: {args.plot}")
+    if args.json:
+        numbers = {
+            "arguments": vars(args),
+            "summaries": summaries,
+            "answers": [dataclasses.asdict(answer) for answer in answers],
+        }
+        args.json.write_text(json.dumps(numbers, indent=2, default=str) + "\n")
+        print(f"numbers: {args.json}")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Evaluate, print the table, write the picture and, if asked, the numbers."""
+    """Evaluate what the command line names, and report."""
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
@@ -306,17 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
         temperature=args.temperature,
     )
     answers = list(tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False))
-    for answer in answers[: args.show]:
-        print(f"{answer.shape.kind}, area {answer.shape.area:.2f}: {answer.text!r}")
-    summaries = {name: summarize(group) for name, group in groups_of(answers).items()}
-    print(f"{args.target}: {spec}, relative errors are capped at 1")
-    print(table(summaries))
-    draw(answers, args.plot, title=args.target)
-    print(f"picture: {args.plot}")
-    if args.json:
-        report = {"target": args.target, "arguments": vars(args), "summaries": summaries}
-        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
-        print(f"numbers: {args.json}")
+    report(answers, spec, args)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,9 @@ def test_the_command(tmp_path, capsys):
     report, picture = tmp_path / "report.json", tmp_path / "picture.png"
     flags = ["--examples", "6", "--batch-size", "4", "--rotate", "--max-new-tokens", "48"]
     evaluate.main([TINY, *flags, "--json", str(report), "--plot", str(picture)])
-    summaries = json.loads(report.read_text())["summaries"]
-    assert summaries["all"]["examples"] == 6
+    numbers = json.loads(report.read_text())
+    assert numbers["summaries"]["all"]["examples"] == len(numbers["answers"]) == 6
+    assert {"shape", "text", "reward"} == numbers["answers"][0].keys()
     assert "max_rotation=45.0" in capsys.readouterr().out
     assert Image.open(picture).size == (720, 720)
 
