@@ -72,7 +72,6 @@ def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loa
         )
     except Exception as error:  # whatever a damaged folder or a lost connection makes it raise
         raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
-    processor.tokenizer.padding_side = "right"
     policy.to(device).eval()
     frozen = copy.deepcopy(policy).requires_grad_(False) if reference else None
     return Loaded(policy, frozen, processor)

@@ -29,9 +29,7 @@ def rotate_vision(q, k, cos, sin):
 
 @pytest.fixture(scope="session")
 def processor():
-    processor = AutoProcessor.from_pretrained(TINY)
-    processor.tokenizer.padding_side = "right"
-    return processor
+    return AutoProcessor.from_pretrained(TINY)
 
 
 @pytest.fixture
