@@ -25,12 +25,7 @@ SPLITS = {"train": 0, "eval": 1, "cold_start": 2}  # the split is part of the ra
 IMAGE_MULTIPLE = 28  # pixels: Qwen2.5-VL merges 2 x 2 patches of 14 x 14 pixels into one token
 MIN_SIDE_DIFFERENCE = 2.0  # grid units (7 pixels of 224): a rectangle must not pass for a square
 FIGURE_INCHES = 2.24  # of every figure; the image size only changes the dots per inch
-AXES_BOX = (
-    0.1,
-    0.09,
-    0.86,
-    0.86,
-)  # left, bottom, width, height of the grid, as shares of the image
+AXES_BOX = (0.1, 0.09, 0.86, 0.86)  # of the grid: left, bottom, width, height, in image sizes
 
 
 @dataclass(frozen=True, slots=True)
