@@ -32,7 +32,15 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from policy import DTYPES, Loaded, ModelError, completion_logprobs, encode, load, place
+from policy import (
+    Loaded,
+    ModelError,
+    completion_logprobs,
+    enable_checkpointing,
+    encode,
+    load,
+    place,
+)
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from shapes import Example, Shape, ShapeSpec, check_image_size, make_example
 
@@ -245,11 +253,11 @@ def warmup_cosine(step: int, steps: int) -> float:
     return min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def save(loaded: Loaded, folder: Path, dtype: str) -> None:
-    """Write model and processor in Hugging Face format, the weights rounded to `dtype`."""
+def save(loaded: Loaded, folder: Path) -> None:
+    """Write model and processor in Hugging Face format, the weights rounded to bf16."""
     for parameter in loaded.policy.parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype])
-    loaded.policy.config.dtype = dtype
+        parameter.data = parameter.data.to(torch.bfloat16)
+    loaded.policy.config.dtype = "bfloat16"
     loaded.policy.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
 
@@ -288,11 +296,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         spec = ShapeSpec(args.min_size, args.max_size, args.max_rotation)
         check_arguments(args)
-        if args.from_scratch:
-            loaded, args.lr = tiny_model(args.seed), args.lr or 1e-3
-        else:
-            loaded, args.lr = load_for_training(args), args.lr or 1e-5
-    except (ValueError, ModelError) as error:
+        args.lr = args.lr or (1e-3 if args.from_scratch else 1e-5)
+        loaded = starting_model(args)
+        args.out.mkdir(parents=True)  # now, not after the training, if it cannot be made
+    except (ValueError, OSError, ModelError) as error:
         parser.error(str(error))
     batches = example_batches(
         spec,
@@ -302,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
         image_size=args.image_size,
     )
     supervise(loaded, batches, args)
-    save(loaded, args.out, "bfloat16")
+    save(loaded, args.out)
     print(f"{args.out}: saved, loadable with from_pretrained")
 
 
@@ -322,15 +329,24 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: exists already; give a new folder")
 
 
-def load_for_training(args: argparse.Namespace) -> Loaded:
-    """Return the model of `--model`, placed for training."""
+def starting_model(args: argparse.Namespace) -> Loaded:
+    """Return the model to train on its device: a new tiny one, or that of `--model`."""
+    found_gpu = torch.cuda.is_available()
+    if args.from_scratch:
+        if args.device == "cuda" and not found_gpu:
+            raise ValueError("--device cuda: no CUDA GPU was found")
+        loaded = tiny_model(args.seed)
+        loaded.policy.to("cuda" if found_gpu and args.device != "cpu" else "cpu")
+        return loaded
     device, dtype = place(
         args.model,
         device=args.device,
         training=True,
         command_that_runs="python cold_start.py --from-scratch --out DIR",
     )
-    return load(args.model, device=device, dtype=dtype)
+    loaded = load(args.model, device=device, dtype=dtype)
+    enable_checkpointing(loaded.policy)
+    return loaded
 
 
 if __name__ == "__main__":

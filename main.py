@@ -8,6 +8,7 @@ python main.py --min-size 5 --max-size 35
 
 import argparse
 import dataclasses
+import math
 import os
 import resource
 import statistics
@@ -138,21 +139,21 @@ MAX_SKIPPED = 5  # steps in a row without a finite gradient
 # --- training ---------------------------------------------------------------------------
 
 
-def train(config: Config, loaded: Loaded, *, device: str, folder: Path) -> None:
-    """Train the loaded policy in place and leave a run folder."""
+def train(config: Config, loaded: Loaded, folder: Path) -> None:
+    """Train the loaded policy in place, on `config.device`, and leave a run folder."""
     policy, reference, processor = loaded.policy, loaded.reference, loaded.processor
     if config.gradient_checkpointing:
         enable_checkpointing(policy)
     optimizer = make_optimizer(config, policy)
-    log = RunLog(folder, config=dataclasses.asdict(config), device=device_name(device))
+    log = RunLog(folder, config=dataclasses.asdict(config), device=device_name(config.device))
     evaluate_and_log(config, loaded, log, steps_done=0)
     skipped_in_a_row = 0
     for step in (progress := tqdm(range(config.steps), unit="step", desc=folder.name)):
-        watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
+        watch = Stopwatch(torch.cuda.synchronize if config.device == "cuda" else lambda: None)
         set_learning_rate(optimizer, learning_rate(config, step))
 
         examples = make_examples(config, step)
-        prompts = encode_examples(config, processor, examples, device)
+        prompts = encode_examples(config, processor, examples)
         watch.lap("prompts_s")
         rollout = collect_rollout(
             policy,
@@ -161,7 +162,7 @@ def train(config: Config, loaded: Loaded, *, device: str, folder: Path) -> None:
             partial(judge, config, examples),
             **pick(config, "group_size", "max_new_tokens", "temperature"),
             divide_by_std=config.loss != "dr_grpo",
-            generator=make_generator(device, config.seed, step),
+            generator=make_generator(config.device, config.seed, step),
         )
         watch.lap("rollout_s")
         if reference is not None:
@@ -221,14 +222,14 @@ def make_examples(config: Config, step: int) -> list[Example]:
     ]
 
 
-def encode_examples(config: Config, processor, examples: list[Example], device: str) -> Prompts:
+def encode_examples(config: Config, processor, examples: list[Example]) -> Prompts:
     """Return the model inputs of some plots."""
     return encode(
         processor,
         [example.image for example in examples],
         system=SYSTEM_MESSAGE,
         prompt=make_prompt(config.reasoning_tag),
-        device=device,
+        device=config.device,
     )
 
 
@@ -461,14 +462,14 @@ def check_limits(knob_field: dataclasses.Field, value) -> None:
         (least is None or value >= least)
         and (above is None or value > above)
         and (most is None or value <= most)
-        and abs(value) != float("inf")
-        and value == value
+        and math.isfinite(value)
     )
     if not in_range:
         bounds = [("at least", least), ("above", above), ("at most", most)]
         accepted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
         flag = "--" + knob_field.name.replace("_", "-")
-        raise ValueError(f"{flag} {value}: must be {accepted}, and finite")
+        finite = "" if isinstance(value, int) else ", and finite"
+        raise ValueError(f"{flag} {value}: must be {accepted}{finite}")
 
 
 def choose_folder(config: Config, preset: str) -> Path:
@@ -501,10 +502,11 @@ def main(arguments: list[str] | None = None) -> None:
             reference=config.beta > 0,
             command_that_runs="python main.py --preset tiny",
         )
+        config = dataclasses.replace(config, device=device, dtype=dtype)
         loaded = load(config.model, device=device, dtype=dtype, reference=config.beta > 0)
     except (ValueError, ModelError) as error:
         parser.error(str(error))
-    train(config, loaded, device=device, folder=folder)
+    train(config, loaded, folder)
     print(f"{folder}: done. Next: python plot_rewards.py {folder} ; python evaluate.py {folder}")
 
 

@@ -78,7 +78,7 @@ def change(run: Path, window: int) -> str:
     parts = []
     for key in REWARDS:
         _, values = curve(steps, key, "steps")
-        first, last = np.nanmean(values[:window]), np.nanmean(values[-window:])
+        first, last = moving_average(values, window)[[min(window, len(values)) - 1, -1]]
         parts.append(f"{key} {first:.2f} -> {last:.2f}")
     return f"{run}: " + ", ".join(parts)
 

@@ -34,7 +34,7 @@ HUB_PARAMETERS = {  # so that a machine too small is told before anything is dow
     "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
     "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
 }
-LARGEST_ON_CPU = 1_000_000_000  # parameters; above, a CPU step takes hours
+LARGEST_ON_CPU = 1_000_000_000  # parameters; a larger model is refused without a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNMASKED = {"full_attention": None}  # attention is causal and nothing else is hidden
 FINISHED_CHECK_EVERY = 8  # tokens between two looks at whether all rows have ended
@@ -79,7 +79,7 @@ def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loa
 
 def enable_checkpointing(model) -> None:
     """Make training passes keep only each layer's input and recompute the rest in backward."""
-    new_name = "activation_checkpointing_enable"  # of transformers after 5.17
+    new_name = "activation_checkpointing_enable"  # newer releases of transformers
     enable = getattr(model, new_name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

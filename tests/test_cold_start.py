@@ -108,6 +108,7 @@ def test_the_command_from_scratch_and_from_a_model(tmp_path):
         ["--from-scratch", "--model", TINY, "--out", "x"],
         ["--from-scratch", "--out", "x", "--min-size", "40"],
         ["--model", "missing", "--out", "x"],
+        ["--from-scratch", "--out", "/proc/x"],
         ["--from-scratch"],
         ["--from-scratch", "--out", "x", "--steps", "0"],
         ["--from-scratch", "--out", "x", "--sloppy", "2"],
@@ -115,8 +116,17 @@ def test_the_command_from_scratch_and_from_a_model(tmp_path):
         ["--from-scratch", "--out", "x", "--area-noise", "nan"],
     ],
 )
-def test_bad_input_is_one_line(flags, capsys):
+def test_bad_input_is_one_line(flags, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         cold_start.main(flags)
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_asked_for_must_be_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        cold_start.main(["--from-scratch", "--device", "cuda", "--out", str(tmp_path / "x")])
+    assert "--device cuda: no CUDA GPU was found" in capsys.readouterr().err

@@ -75,6 +75,10 @@ def rollout_of(prompts, *, advantages=None, **tensors) -> Rollout:
     )
 
 
+def assert_same_weights(policy, state: dict) -> None:
+    assert all(torch.equal(value, state[name]) for name, value in policy.state_dict().items())
+
+
 # --- advantages ---------------------------------------------------------------------------
 
 
@@ -282,9 +286,7 @@ def test_equal_rewards_give_no_gradient(loaded, prompts):
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1.0)
     stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
     assert stats["grad_norm"] == 0.0
-    assert all(
-        torch.equal(value, before[name]) for name, value in loaded.policy.state_dict().items()
-    )
+    assert_same_weights(loaded.policy, before)
 
 
 def test_an_update_makes_the_better_completion_more_likely(loaded, prompts):
@@ -318,9 +320,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(loaded, prompts):
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1.0)
     stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
     assert stats["skipped"] == 1
-    assert all(
-        torch.equal(value, before[name]) for name, value in loaded.policy.state_dict().items()
-    )
+    assert_same_weights(loaded.policy, before)
 
 
 def test_the_gradient_norm_is_that_before_clipping(loaded, prompts):

@@ -18,7 +18,18 @@ from main import PRESETS, Config, learning_rate, make_config, make_parser
 from policy import completion_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--preset", "tiny", "--prompts-per-step", "2", "--group-size", "2", "--eval-examples", "2"]
+SMALL = [
+    "--device",
+    "cpu",
+    "--preset",
+    "tiny",
+    "--prompts-per-step",
+    "2",
+    "--group-size",
+    "2",
+    "--eval-examples",
+    "2",
+]
 
 
 def config_of(*flags: str) -> Config:
@@ -45,7 +56,7 @@ def test_every_knob_is_read():
             read.add(node.attr)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pick":
             read |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
-    read_before_training = {"model", "device", "dtype", "name", "runs"}
+    read_before_training = {"model", "dtype", "name", "runs"}
     assert {knob.name for knob in dataclasses.fields(Config)} - read == read_before_training
 
 
@@ -182,7 +193,8 @@ def test_a_whole_run(tmp_path):
     samples = read_lines(run / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0, 2]
     assert all(len(sample["completions"]) == 2 for sample in samples)
-    assert json.loads((run / "config.json").read_text())["config"]["steps"] == 3
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert (config["steps"], config["device"], config["dtype"]) == (3, "cpu", "float32")
 
     policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "final")
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
@@ -194,7 +206,7 @@ def test_a_whole_run(tmp_path):
 def test_final_gives_the_logits_of_the_trained_policy(tmp_path, processor):
     config = config_of(*SMALL, "--steps", "1", "--eval-every", "0", "--loss", "dr_grpo")
     loaded = main.load(TINY, device="cpu", dtype="float32", reference=True)
-    main.train(config, loaded, device="cpu", folder=tmp_path / "run")
+    main.train(config, loaded, tmp_path / "run")
     final = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "final")
     prompts = make_prompts(processor, 2)
     ids, mask = random_completions(prompts)
@@ -210,7 +222,7 @@ def test_two_runs_of_one_seed_are_the_same_run(tmp_path):
         flags = ["--steps", "2", "--eval-every", "0", "--beta", "0", "--inner-epochs", "2"]
         config = config_of(*SMALL, *flags, "--gradient-checkpointing")
         loaded = main.load(TINY, device="cpu", dtype="float32")
-        main.train(config, loaded, device="cpu", folder=tmp_path / name)
+        main.train(config, loaded, tmp_path / name)
         lines = read_lines(tmp_path / name / "metrics.jsonl")
         timed = ("_s", "gib")
         curves.append([{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines])
@@ -223,6 +235,6 @@ def test_the_reference_follows_the_policy_when_asked(tmp_path):
     flags = ["--steps", "3", "--eval-every", "0", "--sync-reference-every", "1"]
     config = config_of(*SMALL, *flags, "--reference-mix", "1")
     loaded = main.load(TINY, device="cpu", dtype="float32", reference=True)
-    main.train(config, loaded, device="cpu", folder=tmp_path / "run")
+    main.train(config, loaded, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["kl"] for line in lines] == [0.0, 0.0, 0.0]
