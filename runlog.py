@@ -41,7 +41,7 @@ class RunLog:
         }
 
     def write(self, name: str, record: dict) -> None:
-        """Append one line to metrics, evaluations or samples; a crash after this cannot lose it."""
+        """Append one line to metrics, evaluations or samples; then it outlives the process."""
         file = self.files[name]
         file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         file.flush()
