@@ -32,16 +32,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from policy import (
-    Loaded,
-    ModelError,
-    completion_logprobs,
-    enable_checkpointing,
-    encode,
-    load,
-    place,
-)
+from policy import Loaded, ModelError, encode, load, place, use_own_attention
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
+from scoring import completion_logprobs
 from shapes import Example, Shape, ShapeSpec, check_image_size, make_example
 
 DIMENSIONS = {
@@ -118,12 +111,11 @@ def synthetic_answer(
     return style.format(tag=reasoning_tag, reasoning=f"{dimensions}: {formula}", area=area)
 
 
-def encode_answers(tokenizer, answers: list[str], device: str) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, (rows, C) each: every answer ends in the tokenizer's stop token."""
+def encode_answers(tokenizer, answers: list[str]) -> tuple[Tensor, list[int]]:
+    """Return ids (rows, C) and the rows' lengths: every answer ends in the stop token."""
     rows = [torch.tensor([*tokenizer.encode(answer), tokenizer.eos_token_id]) for answer in answers]
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
+    return ids, [len(row) for row in rows]
 
 
 # --- the tiny model ---------------------------------------------------------------------
@@ -192,7 +184,8 @@ def tiny_model(seed: int) -> Loaded:
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    use_own_attention(model)
     model.generation_config = GenerationConfig(
         eos_token_id=[token_id("<|im_end|>"), token_id("<|endoftext|>")],
         pad_token_id=token_id("<|endoftext|>"),
@@ -233,13 +226,12 @@ def supervise(loaded: Loaded, batches: Iterator[list[Example]], args: argparse.N
             for example in examples
         ]
         images = [example.image for example in examples]
-        device = str(model.device)
-        prompts = encode(
-            processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt(tag), device=device
+        prompts = encode(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt(tag))
+        ids, lengths = encode_answers(processor.tokenizer, answers)
+        logprobs, _ = completion_logprobs(
+            model, prompts.to(model.device), ids.to(model.device), lengths, temperature=1.0
         )
-        ids, mask = encode_answers(processor.tokenizer, answers, device)
-        logprobs, _ = completion_logprobs(model, prompts, ids, mask, temperature=1.0)
-        loss = -logprobs.sum() / mask.sum()
+        loss = -logprobs.sum() / sum(lengths)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -344,9 +336,7 @@ def starting_model(args: argparse.Namespace) -> Loaded:
         training=True,
         command_that_runs="python cold_start.py --from-scratch --out DIR",
     )
-    loaded = load(args.model, device=device, dtype=dtype)
-    enable_checkpointing(loaded.policy)
-    return loaded
+    return load(args.model, device=device, dtype=dtype)
 
 
 if __name__ == "__main__":

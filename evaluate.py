@@ -17,17 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from policy import (
-    ModelError,
-    completion_texts,
-    encode,
-    generate,
-    load,
-    make_generator,
-    place,
-    stop_ids,
-)
+from policy import ModelError, encode, load, place, stop_ids
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
+from sampling import Sampler, completion_texts, make_generator
 from shapes import KINDS, Shape, ShapeSpec, check_image_size, make_example
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
@@ -56,7 +48,7 @@ class Answer:
 
 
 def evaluate(
-    model,
+    sampler: Sampler,
     processor,
     spec: ShapeSpec,
     *,
@@ -64,34 +56,25 @@ def evaluate(
     seed: int,
     image_size: int,
     reasoning_tag: str,
-    max_new_tokens: int,
     batch_size: int,
     temperature: float = 0.0,
 ) -> Iterator[Answer]:
     """Yield the model's answers to the first `examples` of the "eval" split; greedy by default."""
-    prompt = make_prompt(reasoning_tag)
+    prompt, model = make_prompt(reasoning_tag), sampler.model
     for start in range(0, examples, batch_size):
-        batch = [
+        batch = [  # a full one: the sampler keeps its buffers, and what is too much is not judged
             make_example(spec, seed=seed, split="eval", index=i, image_size=image_size)
-            for i in range(start, min(start + batch_size, examples))
+            for i in range(start, start + batch_size)
         ]
-        completions = generate(
-            model,
-            encode(
-                processor,
-                [example.image for example in batch],
-                system=SYSTEM_MESSAGE,
-                prompt=prompt,
-                device=model.device,
-            ),
+        images = [example.image for example in batch]
+        completions = sampler.generate(
+            encode(processor, images, system=SYSTEM_MESSAGE, prompt=prompt).to(model.device),
             group_size=1,
-            max_new_tokens=max_new_tokens,
             temperature=temperature,
-            pad_id=processor.tokenizer.pad_token_id,
             generator=make_generator(model.device, seed, start),
         )
         texts = completion_texts(processor, completions, stop_ids(model))
-        for example, text in zip(batch, texts, strict=True):
+        for example, text in zip(batch[: examples - start], texts, strict=False):
             reward = score(text, example.area, reasoning_tag=reasoning_tag)
             yield Answer(example.shape, text, reward)
 
@@ -315,15 +298,18 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, ModelError) as error:
         parser.error(str(error))
     answers = evaluate(
-        loaded.policy,
+        Sampler(
+            loaded.policy,
+            max_new_tokens=args.max_new_tokens,
+            pad_id=loaded.processor.tokenizer.pad_token_id,
+        ),
         loaded.processor,
         spec,
         examples=args.examples,
         seed=args.seed,
         image_size=args.image_size,
         reasoning_tag=args.reasoning_tag,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
+        batch_size=min(args.batch_size, args.examples),
         temperature=args.temperature,
     )
     answers = list(tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False))

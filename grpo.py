@@ -23,7 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from policy import Prompts, completion_logprobs, completion_texts, generate, stop_ids
+from policy import Prompts, stop_ids
+from sampling import Sampler, completion_texts
+from scoring import completion_logprobs
 
 LOSSES = ("grpo", "dapo", "dr_grpo")
 STD_EPS = 1e-4  # added to the group's standard deviation
@@ -37,6 +39,7 @@ class Rollout:
     prompts: Prompts  # Q of them
     completion_ids: Tensor  # (B, C)
     completion_mask: Tensor  # (B, C) bool, true up to and including the stop token
+    lengths: list[int]  # B, tokens of each row: the mask, where the host can read it
     sampled_logprobs: Tensor  # (B, C) fp32, recorded while sampling
     truncated: Tensor  # (B,) bool: no stop token within the limit
     texts: list[str]  # B
@@ -57,6 +60,7 @@ class Rollout:
                 prompts=self.prompts[some],
                 completion_ids=self.completion_ids[rows],
                 completion_mask=self.completion_mask[rows],
+                lengths=self.lengths[rows],
                 sampled_logprobs=self.sampled_logprobs[rows],
                 truncated=self.truncated[rows],
                 texts=self.texts[rows],
@@ -71,13 +75,12 @@ class Rollout:
 
 
 def collect_rollout(
-    policy,
+    sampler: Sampler,
     processor,
     prompts: Prompts,
     reward_fn: Callable[[str, int], object],
     *,
     group_size: int,
-    max_new_tokens: int,
     temperature: float,
     divide_by_std: bool,
     generator: torch.Generator,
@@ -86,22 +89,17 @@ def collect_rollout(
 
     `reward_fn(text, q)` judges one completion of prompt q; its result's `total` is the reward.
     """
-    completions = generate(
-        policy,
-        prompts,
-        group_size=group_size,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        pad_id=processor.tokenizer.pad_token_id,
-        generator=generator,
+    completions = sampler.generate(
+        prompts, group_size=group_size, temperature=temperature, generator=generator
     )
-    texts = completion_texts(processor, completions, stop_ids(policy))
+    texts = completion_texts(processor, completions, stop_ids(sampler.model))
     rewards = [reward_fn(text, row // group_size) for row, text in enumerate(texts)]
     totals = torch.tensor([reward.total for reward in rewards], device=completions.ids.device)
     return Rollout(
         prompts=prompts,
         completion_ids=completions.ids,
         completion_mask=completions.mask,
+        lengths=completions.lengths,
         sampled_logprobs=completions.logprobs,
         truncated=completions.truncated,
         texts=texts,
@@ -120,7 +118,7 @@ def score_reference(
             reference,
             part.prompts,
             part.completion_ids,
-            part.completion_mask,
+            part.lengths,
             temperature=temperature,
         )[0]
         for part in rollout.micro_batches(micro_batch)
@@ -209,9 +207,7 @@ def grpo_loss(
     old_logprobs = logprobs.detach() if rollout.old_logprobs is None else rollout.old_logprobs
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    advantages = rollout.advantages.flatten()[
-        :, None
-    ]  # (B, 1): every token of a row gets its row's
+    advantages = rollout.advantages.flatten()[:, None]  # (B, 1): a row's tokens share its own
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(logprobs)
@@ -222,11 +218,11 @@ def grpo_loss(
         is_clipped = surrogate < ratio * advantages
         gap = (logprobs - rollout.sampled_logprobs).abs()
         stats = {
-            "kl": kl[mask].sum(),
-            "ratio": ratio[mask].sum(),
-            "clip_fraction": is_clipped[mask].sum(),
-            "sampler_gap_mean": gap[mask].sum(),
-            "sampler_gap_max": gap[mask].max(),
+            "kl": (kl * mask).sum(),
+            "ratio": (ratio * mask).sum(),
+            "clip_fraction": (is_clipped & mask).sum(),
+            "sampler_gap_mean": (gap * mask).sum(),
+            "sampler_gap_max": (gap * mask).max(),
         }
     return loss, stats
 
@@ -242,6 +238,7 @@ def update(
     loss: str,
     inner_epochs: int,
     micro_batch: int,
+    checkpoint_layers: int | None,
     temperature: float,
     beta: float,
     clip_eps: float,
@@ -263,6 +260,7 @@ def update(
             rollout,
             weights,
             micro_batch=micro_batch,
+            checkpoint_layers=checkpoint_layers,
             temperature=temperature,
             beta=beta,
             clip_eps=clip_eps,
@@ -288,6 +286,7 @@ def backward(
     weights: Tensor,
     *,
     micro_batch: int,
+    checkpoint_layers: int | None,
     temperature: float,
     **loss_options,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -296,7 +295,12 @@ def backward(
     all_logprobs, all_stats = [], []
     for part, part_weights in zip(parts, weights.split([len(p.texts) for p in parts]), strict=True):
         logprobs, entropy = completion_logprobs(
-            policy, part.prompts, part.completion_ids, part.completion_mask, temperature=temperature
+            policy,
+            part.prompts,
+            part.completion_ids,
+            part.lengths,
+            temperature=temperature,
+            checkpoint_layers=checkpoint_layers,
         )
         loss, stats = grpo_loss(logprobs, part, part_weights, **loss_options)
         loss.backward()

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import resource
 import statistics
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import optimi
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from evaluate import evaluate, summarize
@@ -37,14 +39,13 @@ from policy import (
     Loaded,
     ModelError,
     Prompts,
-    enable_checkpointing,
     encode,
     load,
-    make_generator,
     place,
 )
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
 from runlog import RunLog, Stopwatch, free_folder
+from sampling import Sampler, make_generator
 from shapes import Example, ShapeSpec, check_image_size, make_example
 
 # --- every knob, declared once ------------------------------------------------------------
@@ -64,7 +65,9 @@ class Config:
     model: str = knob("Qwen/Qwen2.5-VL-7B-Instruct", "folder or hub id of a Qwen2.5-VL")
     device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = knob("auto", "auto: bfloat16 on cuda", choices=("auto", *DTYPES))
-    gradient_checkpointing: bool = knob(True, "recompute activations: slower, far less memory")
+    checkpoint_layers: str = knob(
+        "auto", "layers recomputed in the backward pass, a number; auto: as few as memory allows"
+    )
     # task
     min_size: float = knob(20.0, "smallest dimension, grid units", above=0)
     max_size: float = knob(35.0, "largest dimension, grid units", above=0)
@@ -97,9 +100,10 @@ class Config:
         0.0, "of AdamW; on bf16 weights lr * decay below 0.002 rounds to 0", least=0
     )
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", above=0)
-    micro_batch: int = knob(1, "prompts per backward pass; memory only, same gradient", least=1)
+    micro_batch: int = knob(4, "prompts per backward pass; memory only, same gradient", least=1)
     # run
     seed: int = knob(0, "of examples and samples", least=0)
+    workers: int = knob(1, "processes that draw and encode plots ahead; 0: none", least=0)
     name: str = knob("", "run folder in --runs; empty: named after the preset or model")
     runs: str = knob("runs", "folder of all run folders")
     log_every: int = knob(10, "steps between two lines on the terminal", least=1)
@@ -113,12 +117,16 @@ class Config:
         rotation = self.max_rotation if self.rotate else 0.0
         return ShapeSpec(self.min_size, self.max_size, rotation)
 
+    @property
+    def layers_to_checkpoint(self) -> int | None:
+        """`checkpoint_layers` as a number; None: as few as memory allows."""
+        return None if self.checkpoint_layers == "auto" else int(self.checkpoint_layers)
+
 
 PRESETS = {
     "default": {},
     "tiny": {
         "model": str(Path(__file__).resolve().parent / "tiny"),
-        "gradient_checkpointing": False,
         "steps": 200,
         "prompts_per_step": 8,
         "max_new_tokens": 48,
@@ -126,6 +134,7 @@ PRESETS = {
         "lr": 1.5e-4,
         "warmup_steps": 10,
         "micro_batch": 8,
+        "workers": 0,
     },
 }
 UPDATE_KNOBS = ("loss", "inner_epochs", "micro_batch", "temperature", "beta", "clip_eps")
@@ -142,25 +151,24 @@ MAX_SKIPPED = 5  # steps in a row without a finite gradient
 def train(config: Config, loaded: Loaded, folder: Path) -> None:
     """Train the loaded policy in place, on `config.device`, and leave a run folder."""
     policy, reference, processor = loaded.policy, loaded.reference, loaded.processor
-    if config.gradient_checkpointing:
-        enable_checkpointing(policy)
     optimizer = make_optimizer(config, policy)
+    sampler = make_sampler(config, loaded)
     log = RunLog(folder, config=dataclasses.asdict(config), device=device_name(config.device))
-    evaluate_and_log(config, loaded, log, steps_done=0)
+    evaluate_and_log(config, sampler, processor, log, steps_done=0)
+    batches = iter(make_batches(config, processor))
     skipped_in_a_row = 0
     for step in (progress := tqdm(range(config.steps), unit="step", desc=folder.name)):
         watch = Stopwatch(torch.cuda.synchronize if config.device == "cuda" else lambda: None)
         set_learning_rate(optimizer, learning_rate(config, step))
 
-        examples = make_examples(config, step)
-        prompts = encode_examples(config, processor, examples)
+        examples, prompts = next(batches)
         watch.lap("prompts_s")
         rollout = collect_rollout(
-            policy,
+            sampler,
             processor,
-            prompts,
+            prompts.to(config.device),
             partial(judge, config, examples),
-            **pick(config, "group_size", "max_new_tokens", "temperature"),
+            **pick(config, "group_size", "temperature"),
             divide_by_std=config.loss != "dr_grpo",
             generator=make_generator(config.device, config.seed, step),
         )
@@ -170,7 +178,13 @@ def train(config: Config, loaded: Loaded, folder: Path) -> None:
                 reference, rollout, **pick(config, "micro_batch", "temperature")
             )
         watch.lap("reference_s")
-        stats = update(policy, optimizer, rollout, **pick(config, *UPDATE_KNOBS))
+        stats = update(
+            policy,
+            optimizer,
+            rollout,
+            checkpoint_layers=config.layers_to_checkpoint,
+            **pick(config, *UPDATE_KNOBS),
+        )
         if reference is not None and is_due(step, config.sync_reference_every):
             sync_reference(policy, reference, mix=config.reference_mix)
         watch.lap("update_s")
@@ -180,7 +194,7 @@ def train(config: Config, loaded: Loaded, folder: Path) -> None:
         check_sampler_gap(metrics, policy.dtype)
         skipped_in_a_row = check_skipped(metrics, skipped_in_a_row)
         if is_due(step, config.eval_every) or step + 1 == config.steps:
-            evaluate_and_log(config, loaded, log, steps_done=step + 1)
+            evaluate_and_log(config, sampler, processor, log, steps_done=step + 1)
     policy.save_pretrained(folder / "final")
     processor.save_pretrained(folder / "final")
     log.close()
@@ -213,24 +227,44 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def make_examples(config: Config, step: int) -> list[Example]:
-    """Return the step's plots: numbers step * Q to (step + 1) * Q - 1 of the training split."""
-    first = step * config.prompts_per_step
-    return [
-        make_example(config.spec, split="train", index=index, **pick(config, "seed", "image_size"))
-        for index in range(first, first + config.prompts_per_step)
-    ]
+class Batches(Dataset):
+    """The plots of every step and their model inputs; each is made when it is asked for.
+
+    Step i's are numbers i * Q to (i + 1) * Q - 1 of the training split, whoever makes them.
+    """
+
+    def __init__(self, config: Config, processor) -> None:
+        self.config, self.processor = config, processor
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> tuple[list[Example], Prompts]:
+        config = self.config
+        options = pick(config, "seed", "image_size")
+        examples = [
+            make_example(config.spec, split="train", index=index, **options)
+            for index in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
+        ]
+        images = [example.image for example in examples]
+        prompt = make_prompt(config.reasoning_tag)
+        return examples, encode(self.processor, images, system=SYSTEM_MESSAGE, prompt=prompt)
 
 
-def encode_examples(config: Config, processor, examples: list[Example]) -> Prompts:
-    """Return the model inputs of some plots."""
-    return encode(
-        processor,
-        [example.image for example in examples],
-        system=SYSTEM_MESSAGE,
-        prompt=make_prompt(config.reasoning_tag),
-        device=config.device,
+def make_batches(config: Config, processor) -> DataLoader:
+    """Return the steps' examples and prompts in order, made ahead by `config.workers` processes."""
+    return DataLoader(
+        Batches(config, processor),
+        batch_size=None,  # an item is a step's batch already
+        num_workers=config.workers,
+        pin_memory=config.device == "cuda",
     )
+
+
+def make_sampler(config: Config, loaded: Loaded) -> Sampler:
+    """Return what draws the policy's completions, in training and in evaluation."""
+    pad_id = loaded.processor.tokenizer.pad_token_id
+    return Sampler(loaded.policy, max_new_tokens=config.max_new_tokens, pad_id=pad_id)
 
 
 def judge(config: Config, examples: list[Example], text: str, prompt_index: int) -> Reward:
@@ -252,7 +286,7 @@ def step_metrics(
     """Return one line of metrics.jsonl; the README's glossary says what each value means."""
     rewards = rollout.rewards
     totals = torch.tensor([reward.total for reward in rewards]).view(-1, config.group_size)
-    lengths = rollout.completion_mask.sum(1).tolist()
+    lengths = rollout.lengths
     step_s = sum(seconds.values())
     return {
         "step": step,
@@ -329,17 +363,19 @@ def sample_of(config: Config, step: int, example: Example, rollout: Rollout) -> 
     }
 
 
-def evaluate_and_log(config: Config, loaded: Loaded, log: RunLog, *, steps_done: int) -> None:
+def evaluate_and_log(
+    config: Config, sampler: Sampler, processor, log: RunLog, *, steps_done: int
+) -> None:
     """Answer the held-out examples greedily and write one line of evaluations.jsonl."""
     if config.eval_every == 0:
         return
     answers = evaluate(
-        loaded.policy,
-        loaded.processor,
+        sampler,
+        processor,
         config.spec,
         examples=config.eval_examples,
-        batch_size=config.prompts_per_step * config.group_size,
-        **pick(config, "seed", "image_size", "reasoning_tag", "max_new_tokens"),
+        batch_size=config.prompts_per_step * config.group_size,  # the sampler's buffers stay
+        **pick(config, "seed", "image_size", "reasoning_tag"),
     )
     summary = summarize(list(answers))
     log.write("evaluations", {"steps_done": steps_done, **summary})
@@ -359,7 +395,7 @@ def check_sampler_gap(metrics: dict, dtype: torch.dtype) -> None:
             f"main.py: the log-probs recorded while sampling and those of the scoring pass differ "
             f"by {metrics['sampler_gap_mean']:.4f} per token (up to {allowed} is rounding). The "
             f"policy would be trained on samples it did not draw: temperature, positions, masks or "
-            f"the key-value cache differ between policy.generate and policy.completion_logprobs."
+            f"the key-value cache differ between sampling.Sampler and scoring.completion_logprobs."
         )
 
 
@@ -442,6 +478,10 @@ def make_config(arguments: argparse.Namespace) -> Config:
     config = Config(**{**preset, **given})
     for knob_field in dataclasses.fields(Config):
         check_limits(knob_field, getattr(config, knob_field.name))
+    if not re.fullmatch(r"auto|\d+", config.checkpoint_layers):
+        raise ValueError(
+            f"--checkpoint-layers {config.checkpoint_layers}: must be a number of layers or auto"
+        )
     if "max_rotation" in given and not config.rotate:
         raise ValueError("--max-rotation: has no effect without --rotate")
     if "reference_mix" in given and not config.sync_reference_every:

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-from policy import Loaded, Prompts, encode
+from policy import Loaded, Prompts, encode, use_own_attention
 from rewards import SYSTEM_MESSAGE, make_prompt
+from scoring import completion_logprobs
 from shapes import ShapeSpec, make_example
 
 TINY = str(Path(__file__).resolve().parent.parent / "tiny")
@@ -44,6 +45,7 @@ def model(processor, monkeypatch):
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = [2, 0]
+    use_own_attention(model)
     model = model.double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -74,8 +76,14 @@ def make_prompts(processor, count: int) -> Prompts:
         make_example(ShapeSpec(), seed=1, split="train", index=i, image_size=84).image
         for i in range(count)
     ]
-    text = make_prompt()
-    return encode(processor, images, system=SYSTEM_MESSAGE, prompt=text, device="cpu")
+    return encode(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt())
+
+
+def stock(model):
+    """A copy of the model as transformers would load it, with attention of its own."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("sdpa")
+    return twin
 
 
 def stock_inputs(prompts: Prompts, ids, mask) -> dict:
@@ -95,11 +103,37 @@ def stock_inputs(prompts: Prompts, ids, mask) -> dict:
     }
 
 
-def stock_logprobs(model, prompts: Prompts, ids, mask, temperature: float):
-    """Log-probs (B, C) of the completions by transformers' own forward pass; zero off the mask."""
-    logits = model(**stock_inputs(prompts, ids, mask)).logits.double()
+def stock_logits(twin, prompts: Prompts, ids, mask):
+    """Logits (B, P + C, V) by transformers' own layers on plain repeats of prompts and images.
+
+    Word and image embeddings are joined here, because transformers takes every image token for an
+    image's place and so refuses one that was sampled. For all others it gives the same
+    (`test_the_reference_is_transformers_forward`).
+    """
+    inputs = stock_inputs(prompts, ids, mask)
+    core, prompt_length = twin.model, prompts.input_ids.shape[1]
+    embeds = core.get_input_embeddings()(inputs["input_ids"])
+    images = core.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    in_prompt = torch.arange(embeds.shape[1]) < prompt_length
+    is_image = (inputs["input_ids"] == core.config.image_token_id) & in_prompt
+    embeds = embeds.masked_scatter(is_image[..., None], torch.cat(list(images.pooler_output)))
+    positions, _ = core.get_rope_index(
+        inputs["input_ids"],
+        inputs["mm_token_type_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=inputs["attention_mask"],
+    )
+    hidden = core.language_model(
+        inputs_embeds=embeds, position_ids=positions, attention_mask=inputs["attention_mask"]
+    ).last_hidden_state
+    return twin.lm_head(hidden)
+
+
+def stock_logprobs(twin, prompts: Prompts, ids, mask, temperature: float):
+    """Log-probs (B, C) of the completions by transformers' own layers; zero off the mask."""
     first = prompts.input_ids.shape[1] - 1
-    logprobs = (logits[:, first:-1] / temperature).log_softmax(-1)
+    logits = stock_logits(twin, prompts, ids, mask)[:, first:-1]
+    logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(-1, ids[..., None])[..., 0] * mask
 
 
@@ -112,3 +146,10 @@ def random_completions(prompts: Prompts, *, group_size: int = 2, seed: int = 0):
     mask = torch.arange(9) < lengths[:, None]
     ids = torch.randint(10, 400, (rows, 9), generator=generator)
     return ids.masked_fill(~mask, 0), mask
+
+
+def scored(model, prompts: Prompts, ids, mask, *, temperature: float = 1.0, **options):
+    """Log-probs (B, C) of the completions by the project's own pass."""
+    lengths = mask.sum(1).tolist()
+    options["temperature"] = temperature
+    return completion_logprobs(model, prompts, ids, lengths, **options)[0]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import optimi
 import pytest
 import torch
-from conftest import random_completions
+from conftest import random_completions, scored
 
 from grpo import (
     LOSSES,
@@ -24,12 +24,13 @@ from grpo import (
     token_weights,
     update,
 )
-from policy import completion_logprobs
+from sampling import Sampler
 
 OPTIONS = {
     "loss": "grpo",
     "inner_epochs": 1,
     "micro_batch": 3,
+    "checkpoint_layers": 0,
     "temperature": 0.8,
     "beta": 0.1,
     "clip_eps": 0.2,
@@ -44,12 +45,11 @@ def collect(loaded, prompts, *, reward=None, temperature=0.8, divide_by_std=True
     numbers = iter(range(100))
     reward = reward or (lambda text, q: next(numbers))
     return collect_rollout(
-        loaded.policy,
+        Sampler(loaded.policy, max_new_tokens=8, pad_id=0),
         loaded.processor,
         prompts,
         lambda text, q: SimpleNamespace(total=float(reward(text, q))),
         group_size=2,
-        max_new_tokens=8,
         temperature=temperature,
         divide_by_std=divide_by_std,
         generator=torch.Generator().manual_seed(0),
@@ -66,6 +66,7 @@ def rollout_of(prompts, *, advantages=None, **tensors) -> Rollout:
         prompts=prompts,
         completion_ids=ids,
         completion_mask=mask,
+        lengths=mask.sum(1).tolist(),
         sampled_logprobs=torch.zeros(ids.shape),
         truncated=torch.zeros(len(ids), dtype=torch.bool),
         texts=[""] * len(ids),
@@ -267,6 +268,7 @@ def test_micro_batches_give_the_gradient_of_one_batch(model, prompts, loss):
             rollout,
             weights,
             micro_batch=micro_batch,
+            checkpoint_layers=1,
             temperature=1.0,
             beta=0.1,
             clip_eps=0.2,
@@ -294,7 +296,7 @@ def test_an_update_makes_the_better_completion_more_likely(loaded, prompts):
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1e-4)
     update(loaded.policy, optimizer, rollout, **OPTIONS)
     with torch.no_grad():
-        after, _ = completion_logprobs(
+        after = scored(
             loaded.policy,
             prompts,
             rollout.completion_ids,

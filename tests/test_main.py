@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_prompts, random_completions
+from conftest import TINY, make_prompts, random_completions, scored
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import main
 from main import PRESETS, Config, learning_rate, make_config, make_parser
-from policy import completion_logprobs
+from policy import use_own_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -76,10 +76,15 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults():
     assert config_of("--preset", "tiny", "--beta", "0").beta == 0.0
 
 
+def test_layers_to_checkpoint_are_a_number_or_chosen():
+    assert config_of().layers_to_checkpoint is None
+    assert config_of("--checkpoint-layers", "0").layers_to_checkpoint == 0
+    assert config_of("--checkpoint-layers", "28").layers_to_checkpoint == 28
+
+
 def test_booleans_can_be_switched_both_ways():
     assert config_of("--rotate").rotate is True
     assert config_of("--no-rotate").rotate is False
-    assert config_of("--no-gradient-checkpointing").gradient_checkpointing is False
     assert config_of("--rotate").spec.max_rotation == 45.0
     assert config_of().spec.max_rotation == 0.0
 
@@ -96,6 +101,12 @@ def test_booleans_can_be_switched_both_ways():
         ("--beta -1", "--beta -1.0: must be at least 0"),
         ("--clip-eps 2", "--clip-eps 2.0: must be above 0 and at most 1"),
         ("--loss ppo", "--loss"),
+        ("--workers -1", "--workers -1: must be at least 0"),
+        (
+            "--checkpoint-layers some",
+            "--checkpoint-layers some: must be a number of layers or auto",
+        ),
+        ("--checkpoint-layers -1", "--checkpoint-layers -1: must be a number of layers or auto"),
         ("--reasoning-tag thoughts", "--reasoning-tag"),
         ("--image-size 225", "multiple of 28"),
         ("--min-size 40", "the range is empty"),
@@ -133,10 +144,25 @@ def test_the_learning_rate_warms_up_from_the_first_step():
     assert learning_rate(config_of("--lr", "1.0", "--warmup-steps", "0"), 0) == 1.0
 
 
-def test_each_step_has_its_own_examples():
+def test_each_step_has_its_own_examples(processor):
     config = config_of("--preset", "tiny", "--prompts-per-step", "3")
-    indices = [[e.index for e in main.make_examples(config, step)] for step in range(2)]
+    batches = main.Batches(config, processor)
+    indices = [[example.index for example in batches[step][0]] for step in range(2)]
     assert indices == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_examples_do_not_depend_on_the_workers(processor, workers):
+    flags = ["--preset", "tiny", "--prompts-per-step", "2", "--steps", "4", "--image-size", "84"]
+    here = main.make_batches(config_of(*flags), processor)
+    ahead = main.make_batches(config_of(*flags, "--workers", str(workers)), processor)
+    count = 0
+    for (examples, prompts), (others, other_prompts) in zip(here, ahead, strict=True):
+        count += 1
+        assert [example.shape for example in examples] == [example.shape for example in others]
+        assert torch.equal(prompts.input_ids, other_prompts.input_ids)
+        assert torch.equal(prompts.pixel_values, other_prompts.pixel_values)
+    assert count == 4
 
 
 @pytest.mark.parametrize(
@@ -207,12 +233,13 @@ def test_final_gives_the_logits_of_the_trained_policy(tmp_path, processor):
     config = config_of(*SMALL, "--steps", "1", "--eval-every", "0", "--loss", "dr_grpo")
     loaded = main.load(TINY, device="cpu", dtype="float32", reference=True)
     main.train(config, loaded, tmp_path / "run")
-    final = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "final")
+    final = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "final").eval()
+    use_own_attention(final)
     prompts = make_prompts(processor, 2)
     ids, mask = random_completions(prompts)
     with torch.no_grad():
-        trained, _ = completion_logprobs(loaded.policy, prompts, ids, mask, temperature=1.0)
-        reloaded, _ = completion_logprobs(final, prompts, ids, mask, temperature=1.0)
+        trained = scored(loaded.policy, prompts, ids, mask)
+        reloaded = scored(final, prompts, ids, mask)
     assert torch.equal(trained, reloaded)
 
 
@@ -220,7 +247,7 @@ def test_two_runs_of_one_seed_are_the_same_run(tmp_path):
     curves = []
     for name in ("one", "two"):
         flags = ["--steps", "2", "--eval-every", "0", "--beta", "0", "--inner-epochs", "2"]
-        config = config_of(*SMALL, *flags, "--gradient-checkpointing")
+        config = config_of(*SMALL, *flags, "--checkpoint-layers", "2")
         loaded = main.load(TINY, device="cpu", dtype="float32")
         main.train(config, loaded, tmp_path / name)
         lines = read_lines(tmp_path / name / "metrics.jsonl")

@@ -14,11 +14,15 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "shapes": set(),
     "runlog": set(),
     "plot_rewards": set(),
-    "policy": set(),
-    "grpo": {"policy"},
-    "evaluate": {"policy", "rewards", "shapes"},
-    "cold_start": {"policy", "rewards", "shapes"},
-    "main": {"grpo", "policy", "rewards", "shapes", "evaluate", "runlog"},
+    "fastpath": set(),
+    "attention": {"fastpath"},
+    "policy": {"attention"},
+    "sampling": {"policy", "fastpath"},
+    "scoring": {"policy", "attention", "fastpath"},
+    "grpo": {"policy", "sampling", "scoring"},
+    "evaluate": {"policy", "sampling", "rewards", "shapes"},
+    "cold_start": {"policy", "scoring", "rewards", "shapes"},
+    "main": {"grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"},
 }
 
 

@@ -1,0 +1,176 @@
+"""Attention of the language model, in the three forms that sampling and scoring need.
+
+Letters are those of the legend in grpo.py. transformers' own decoder layers call `attention` under
+the name IMPLEMENTATION; it tells by what it is given which pass it serves:
+
+    scoring   prompts and their ragged completions in one sequence: `packing` is given
+    prompts   Q prompts of equal length, causal; and whatever a stock call asks for
+    decoding  one token of each row against cached keys and values: `mask` is given
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fastpath import relative_difference, trusted
+
+IMPLEMENTATION = "shared_prompt"  # the name of `attention` in a model's config
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where everything stands in one sequence of N tokens: Q prompts, then B ragged completions.
+
+    N = Q * P + T, with T the tokens of all completions, row after row: nothing is padded.
+    """
+
+    prompts: int  # Q
+    prompt_length: int  # P
+    group_size: int  # G
+    longest: int  # C
+    cells: Tensor  # (T,): where each completion token stands in the (B, C) grid, flattened
+    visible: Tensor  # (C, P + C) bool: what a completion token sees of its prompt and its row
+
+    def in_prompts(self, x: Tensor) -> Tensor:
+        """Return the prompts' part of x (N, heads, D) as (Q, heads, P, D)."""
+        prompts = x[: self.prompts * self.prompt_length]
+        return prompts.unflatten(0, (self.prompts, -1)).transpose(1, 2)
+
+    def in_rows(self, x: Tensor) -> Tensor:
+        """Return the completions' part of x (N, heads, D), padded with zeros: (B, heads, C, D)."""
+        rows = self.prompts * self.group_size
+        grid = x.new_zeros(rows * self.longest, *x.shape[1:])
+        grid = grid.index_copy(0, self.cells, x[self.prompts * self.prompt_length :])
+        return grid.unflatten(0, (rows, -1)).transpose(1, 2)
+
+    def in_rows_after_prompts(self, x: Tensor) -> Tensor:
+        """Return each row's completion behind its group's prompt, (B, heads, P + C, D)."""
+        prefix = self.in_prompts(x)[:, None].expand(-1, self.group_size, -1, -1, -1)
+        return torch.cat([prefix.flatten(0, 1), self.in_rows(x)], 2)
+
+    def pack(self, prompts: Tensor, rows: Tensor) -> Tensor:
+        """Return (N, heads, D) from `in_prompts` and `in_rows`, without the padding."""
+        prompts, rows = (x.transpose(1, 2).flatten(0, 1) for x in (prompts, rows))
+        return torch.cat([prompts, rows.index_select(0, self.cells)])
+
+
+def attention(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    packing: Packing | None = None,
+    **options,
+) -> tuple[Tensor, None]:
+    """Return what the heads read, (rows, tokens, Hq, D), of query (rows, Hq, tokens, D).
+
+    key and value are (rows, Hkv, slots, D): each serves Hq / Hkv query heads. The signature is
+    transformers'; the second result stands for attention weights, which nobody asks for.
+    """
+    if packing is not None:
+        return packed_attention(query[0], key[0], value[0], packing, scaling)[None], None
+    if mask is not None and query.shape[2] == 1:
+        return one_token_attention(query, key, value, mask, scaling), None
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+
+
+AttentionInterface.register(IMPLEMENTATION, attention)
+# without a mask function of the same name, stock calls would ignore padding
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def one_token_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
+) -> Tensor:
+    """Return attention of a single token, (B, 1, Hq, D); mask (1, 1, 1, S) is added to its scores.
+
+    One token has no order to respect: query heads that share a key head pose as that many tokens,
+    so that keys and values are read where they lie and not repeated for each of them.
+    """
+    rows, heads, _, size = query.shape
+    as_tokens = query.reshape(rows, key.shape[1], -1, size)  # (B, Hkv, Hq / Hkv, D)
+    out = F.scaled_dot_product_attention(as_tokens, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, size)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float
+) -> Tensor:
+    """Return attention over a packed sequence, (N, Hq, D): each prompt causal in itself, each
+    completion over its group's prompt and itself. query (Hq, N, D), key and value (Hkv, N, D).
+
+    Completions are padded to (B, C) in here only: the linear layers see no padding.
+    """
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+    prompts = F.scaled_dot_product_attention(
+        *(packing.in_prompts(x) for x in (query, key, value)),
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=True,
+    )
+    rows = suffix_attention(
+        packing.in_rows(query),
+        packing.in_rows_after_prompts(key),
+        packing.in_rows_after_prompts(value),
+        packing.visible,
+        scaling,
+    )
+    return packing.pack(prompts, rows)
+
+
+def suffix_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float
+) -> Tensor:
+    """Return causal attention of the last C of P + C positions, (B, Hq, C, D).
+
+    query (B, Hq, C, D), key and value (B, Hkv, P + C, D), visible (C, P + C) bool. On a GPU the
+    flash kernel knows this form of causality by itself: no mask is read.
+    """
+    mask = visible
+    if query.is_cuda and trusted(
+        "flash attention behind shared prompts", lambda: check_suffix_attention(query, key)
+    ):
+        mask = causal_lower_right(*visible.shape)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
+
+
+def check_suffix_attention(query: Tensor, key: Tensor) -> float:
+    """Return how far the flash form is off from the masked one: output or gradient, the worst.
+
+    On random numbers with the heads, dtype and device of query and key.
+    """
+    c, p = 24, 40  # tokens of completion and prompt
+    like = {"device": query.device, "dtype": query.dtype}
+    shapes = [(x.shape[1], tokens, x.shape[-1]) for x, tokens in ((query, c), (key, p + c))]
+    inputs = [torch.randn(2, *shape, **like) for shape in (shapes[0], shapes[1], shapes[1])]
+    gradient = torch.randn(2, *shapes[0], **like)
+    visible = lower_right(c, p + c, device=query.device)
+    results = []
+    for mask in (causal_lower_right(c, p + c), visible):
+        with torch.enable_grad():
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = F.scaled_dot_product_attention(*leaves, attn_mask=mask, enable_gqa=True)
+            results.append([out, *torch.autograd.grad(out, leaves, gradient)])
+    return max(relative_difference(fast, slow) for fast, slow in zip(*results, strict=True))
+
+
+def lower_right(tokens: int, slots: int, *, device) -> Tensor:
+    """Return which of `slots` positions each of the last `tokens` sees, (tokens, slots) bool.
+
+    >>> lower_right(2, 4, device="cpu").int()
+    tensor([[1, 1, 1, 0],
+            [1, 1, 1, 1]], dtype=torch.int32)
+    """
+    everything = torch.ones(tokens, slots, dtype=torch.bool, device=device)
+    return everything.tril(slots - tokens)

@@ -1,0 +1,327 @@
+"""Two peers that our trainer is timed against: one GRPO step in stock transformers, one in TRL.
+
+Both do the same work as `main.py --preset tiny` on a CPU in fp32: the same checkpoint, plots,
+rewards, group size, lengths and loss. Each is best run in a process of its own:
+
+    python benchmarks/peers.py naive --steps 4
+    python benchmarks/peers.py trl --steps 4
+
+It prints one JSON line per step. The first step is a warm-up, not to be counted.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the task's modules lie there, and are no installed package
+
+from rewards import SYSTEM_MESSAGE, make_prompt, score  # noqa: E402
+from shapes import Example, ShapeSpec, make_example  # noqa: E402
+
+STD_EPS = 1e-4  # added to the group's standard deviation
+CLIP_EPS = 0.2  # of the ratio, to either side
+MAX_GRAD_NORM = 1.0
+ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one step of either peer has to do. The defaults are those of the tiny preset."""
+
+    model: str = str(ROOT / "tiny")
+    prompts: int = 8
+    group_size: int = 8
+    max_new_tokens: int = 48
+    image_size: int = 224
+    beta: float = 0.02
+    lr: float = 1.5e-4
+    temperature: float = 1.0
+    seed: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Completions of one step."""
+        return self.prompts * self.group_size
+
+
+def draw(task: Task, index: int) -> Example:
+    """Return example `index` of the training split; a step takes the next `task.prompts`."""
+    options = {"seed": task.seed, "split": "train", "image_size": task.image_size}
+    return make_example(ShapeSpec(), index=index, **options)
+
+
+# --- stock transformers -----------------------------------------------------------------
+
+
+def naive_steps(task: Task, steps: int) -> Iterator[dict]:
+    """Yield the timings of GRPO steps written with nothing but what transformers offers."""
+    torch.manual_seed(task.seed)
+    processor = AutoProcessor.from_pretrained(task.model)
+    policy, reference = load(task), load(task).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=task.lr, **ADAM)
+    for step in range(steps):
+        times = [time.perf_counter()]
+        indices = range(step * task.prompts, (step + 1) * task.prompts)
+        examples = [draw(task, index) for index in indices]
+        prompts = encode(processor, examples, task.group_size)
+        times.append(time.perf_counter())
+
+        batch, completions, mask = roll_out(policy, prompts, task)
+        rewards = judge(processor, completions, examples)
+        advantages = (rewards - rewards.mean(1, keepdim=True)) / (
+            rewards.std(1, keepdim=True) + STD_EPS
+        )
+        times.append(time.perf_counter())
+
+        with torch.no_grad():
+            ref_logprobs = token_logprobs(reference, batch, completions, task.temperature)
+        times.append(time.perf_counter())
+
+        logprobs = token_logprobs(policy, batch, completions, task.temperature)
+        loss = grpo_loss(logprobs, ref_logprobs, advantages.view(-1, 1), mask, task.beta)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter())
+
+        laps = [end - start for start, end in zip(times, times[1:], strict=False)]
+        yield {
+            "step_s": sum(laps),
+            "completion_tokens": int(mask.sum()),
+            "prompt_tokens": prompts["input_ids"].shape[1],
+            "reward_mean": rewards.mean().item(),
+            **dict(zip(PHASES, laps, strict=True)),
+        }
+
+
+def load(task: Task) -> Qwen2_5_VLForConditionalGeneration:
+    """Return the task's model in fp32, in evaluation mode: it has no dropout to switch on."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(task.model, dtype=torch.float32)
+    return model.eval()
+
+
+def chat(prompt: str) -> list[dict]:
+    """Return the messages of one prompt with a place for one image."""
+    question = [{"type": "image"}, {"type": "text", "text": prompt}]
+    return [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": question}]
+
+
+def encode(processor, examples: list[Example], group_size: int) -> dict[str, Tensor]:
+    """Return model inputs of all rows: every prompt and its image, repeated for its group."""
+    messages = chat(make_prompt())
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images = [example.image for example in examples]
+    inputs = processor(
+        text=[text] * len(images),
+        images=images,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    # the images' patches lie one after the other; all images have the same number of them
+    patches = inputs["pixel_values"].unflatten(0, (len(images), -1))
+    inputs["pixel_values"] = patches
+    rows = {name: value.repeat_interleave(group_size, 0) for name, value in inputs.items()}
+    return {**rows, "pixel_values": rows["pixel_values"].flatten(0, 1)}
+
+
+def roll_out(
+    policy: Qwen2_5_VLForConditionalGeneration, prompts: dict[str, Tensor], task: Task
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return the inputs of a pass over prompts and completions, the completions, and their mask."""
+    sequences = policy.generate(
+        **prompts,
+        do_sample=True,
+        temperature=task.temperature,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=task.max_new_tokens,
+    )
+    completions = sequences[:, prompts["input_ids"].shape[1] :]
+    stop_ids = torch.tensor(policy.generation_config.eos_token_id)
+    is_stop = torch.isin(completions, stop_ids).long()
+    mask = (is_stop.cumsum(1) - is_stop) == 0  # no stop token before this one
+    no_images = torch.zeros_like(completions)
+    batch = {
+        **prompts,
+        "input_ids": sequences,
+        "attention_mask": torch.cat([prompts["attention_mask"], mask.long()], 1),
+        "mm_token_type_ids": torch.cat([prompts["mm_token_type_ids"], no_images], 1),
+    }
+    return batch, completions, mask
+
+
+def judge(processor, completions: Tensor, examples: list[Example]) -> Tensor:
+    """Return the rewards, (prompts, group size)."""
+    texts = processor.batch_decode(completions, skip_special_tokens=True)
+    group_size = len(texts) // len(examples)
+    areas = [example.area for example in examples for _ in range(group_size)]
+    rewards = [score(text, area).total for text, area in zip(texts, areas, strict=True)]
+    return torch.tensor(rewards).view(-1, group_size)
+
+
+def token_logprobs(
+    model: Qwen2_5_VLForConditionalGeneration,
+    batch: dict[str, Tensor],
+    completions: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Return the log-probs of the completions' tokens, shaped as they are."""
+    logits = model(**batch, use_cache=False).logits
+    logits = logits[:, -completions.shape[1] - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
+
+
+def grpo_loss(
+    logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    """Return the clipped surrogate with its KL penalty: mean over a row's tokens, then rows."""
+    ratio = (logprobs - logprobs.detach()).exp()  # 1: each rollout is used once
+    clipped = ratio.clamp(1 - CLIP_EPS, 1 + CLIP_EPS)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    difference = ref_logprobs - logprobs
+    kl = difference.exp() - difference - 1
+    loss = (beta * kl - surrogate) * mask
+    return (loss.sum(1) / mask.sum(1)).mean()
+
+
+# --- TRL --------------------------------------------------------------------------------
+
+
+def trl_steps(task: Task, steps: int) -> list[dict]:
+    """Return the timings of optimizer steps of TRL's GRPOTrainer."""
+    from datasets import IterableDataset  # imported here: the other peer needs neither of them
+    from trl import GRPOConfig, GRPOTrainer
+
+    log = StepLog()
+    rows = {"task": task, "count": steps * task.prompts}
+    # standard output is for the results; a run leaves no files behind
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=task.model,
+            reward_funcs=log.reward,
+            args=GRPOConfig(output_dir=folder, **trl_settings(task, steps)),
+            train_dataset=IterableDataset.from_generator(trl_rows, gen_kwargs=rows),
+            callbacks=[log],
+        )
+        trainer.train()
+    return log.steps
+
+
+def trl_settings(task: Task, steps: int) -> dict:
+    """Return the settings that make TRL's step this task, and those that make it fast."""
+    return {
+        "max_steps": steps,
+        "num_generations": task.group_size,
+        "max_completion_length": task.max_new_tokens,
+        "temperature": task.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "loss_type": "grpo",
+        "beta": task.beta,
+        "use_bias_correction_kl": False,  # plain k3, as in DeepSeekMath
+        "num_iterations": 1,
+        "epsilon": CLIP_EPS,
+        "learning_rate": task.lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": ADAM["betas"][0],
+        "adam_beta2": ADAM["betas"][1],
+        "adam_epsilon": ADAM["eps"],
+        "weight_decay": ADAM["weight_decay"],
+        "max_grad_norm": MAX_GRAD_NORM,
+        "shuffle_dataset": False,
+        "seed": task.seed,
+        "use_cpu": True,
+        "bf16": False,
+        # speed: a whole step in one pass, nothing recomputed, written or reported
+        "per_device_train_batch_size": task.rows,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "log_multimodal": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def trl_rows(task: Task, count: int) -> Iterator[dict]:
+    """Yield the data set's rows, each drawn when it is asked for; TRL repeats it for its group."""
+    messages = chat(make_prompt())
+    for index in range(count):
+        example = draw(task, index)
+        yield {"prompt": messages, "image": example.image, "area": example.area}
+
+
+class StepLog(TrainerCallback):
+    """Measures from the end of one optimizer step to the end of the next: TRL does all in there.
+
+    It is the reward function too, the one place that is shown a step's completions.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict] = []
+        self.rollout: dict = {}
+        self.tokens_seen = 0
+        self.last = 0.0
+
+    def reward(self, completions, completion_ids, area, trainer_state, **_) -> list[float]:
+        """Return the rewards of a step's completions."""
+        texts = [messages[-1]["content"] for messages in completions]
+        rewards = [score(text, truth).total for text, truth in zip(texts, area, strict=True)]
+        tokens = sum(map(len, completion_ids))
+        new_tokens = trainer_state.num_input_tokens_seen - self.tokens_seen
+        self.tokens_seen += new_tokens
+        self.rollout = {
+            "completion_tokens": tokens,
+            "prompt_tokens": (new_tokens - tokens) // len(texts),
+            "reward_mean": sum(rewards) / len(rewards),
+        }
+        return rewards
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        """Start the clock."""
+        self.last = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        """Note a step."""
+        now = time.perf_counter()
+        self.steps.append({"step_s": now - self.last, **self.rollout})
+        self.last = now
+
+
+# --- command line -----------------------------------------------------------------------
+
+
+PEERS = {"naive": naive_steps, "trl": trl_steps}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print one JSON line per step of a peer."""
+    parser = argparse.ArgumentParser(description="Time a peer of our trainer on the tiny task.")
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="default: 4")
+    args = parser.parse_args(arguments)
+    for step in PEERS[args.peer](Task(), args.steps):
+        print(json.dumps(step), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Sampling: the completions of a whole step, decoded together by transformers' own layers.
+
+Letters are those of the legend in grpo.py; S = P + the most new tokens is the number of key-value
+slots of a row. Each prompt is read once and its keys and values handed to its G rows. Then every
+row gets one token per decoding step: one pass over the weights draws B tokens.
+
+On a GPU the decoding step is compiled and recorded as a CUDA graph, where that works; on a CPU the
+same code runs as it stands.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpath import matmul_fp32, relative_difference, trusted
+from policy import Prompts, embed_prompts, stop_ids
+
+FINISHED_CHECK_EVERY = 8  # tokens between two looks at whether all rows have ended
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was sampled. Tokens after a row's first stop token are padding and not in the mask."""
+
+    ids: Tensor  # (B, C)
+    mask: Tensor  # (B, C) bool; the stop token belongs to the completion
+    lengths: list[int]  # B, of the mask's rows
+    logprobs: Tensor  # (B, C) fp32, under the distribution the token was drawn from
+    truncated: Tensor  # (B,) bool: reached the limit without a stop token
+
+
+class Cache:
+    """Keys and values of one layer in all rows, filled through `update` by the layer itself."""
+
+    def __init__(self, shape: tuple[int, int, int, int], next_slot: Tensor, like: Tensor) -> None:
+        self.keys = like.new_zeros(shape)  # (rows, Hkv, S, D)
+        self.values = like.new_zeros(shape)
+        self.next_slot = next_slot  # (1,), the same tensor for all layers
+
+    def update(self, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor]:
+        """Keep what a layer has computed, and return what its queries may look at.
+
+        One token of each row, (rows, Hkv, 1, D), goes to the next slot, and all slots are returned.
+        Prompts, (Q, Hkv, P, D), go to the first slots of all rows of their groups.
+        """
+        if key.shape[2] == 1:
+            self.keys.index_copy_(2, self.next_slot, key)
+            self.values.index_copy_(2, self.next_slot, value)
+            return self.keys, self.values
+        for slots, prompts in ((self.keys, key), (self.values, value)):
+            rows = slots[:, :, : key.shape[2]].unflatten(0, (len(prompts), -1))
+            rows.copy_(prompts[:, None])
+        return key, value
+
+
+class Sampler:
+    """Draws completions from one model, whatever its weights are at the time.
+
+    Its buffers are made at the first call and reused as long as the number of rows and the length
+    of the prompts stay the same: a recorded step knows them by their addresses. For the same reason
+    the model's weights may be changed in place only.
+    """
+
+    def __init__(self, model, *, max_new_tokens: int, pad_id: int) -> None:
+        self.model, self.language_model = model, model.model.language_model
+        self.max_new_tokens, self.pad_id = max_new_tokens, pad_id
+        self.run_layer = call_layer
+        self.shape: tuple[int, int] | None = None  # rows and prompt length the buffers are for
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        group_size: int,
+        temperature: float,
+        generator: torch.Generator | None = None,
+    ) -> Completions:
+        """Return G completions of each prompt; temperature 0 is greedy.
+
+        Tokens are drawn from softmax(logits / temperature) and nothing else: no top-k, no top-p, no
+        penalties, whatever the checkpoint's generation_config says. All randomness is the
+        generator's.
+        """
+        self.model.eval()
+        shape = (len(prompts) * group_size, prompts.input_ids.shape[1])
+        if shape != self.shape:
+            self.make_buffers(*shape)
+            self.read(prompts, group_size)
+            self.advance = self.fastest_step()
+        self.temperature.fill_(temperature or 1.0)
+        hidden = self.read(prompts, group_size)
+        self.make_noise(temperature, generator)
+        self.draw(hidden)
+        for drawn in range(1, self.max_new_tokens):
+            if drawn % FINISHED_CHECK_EVERY == 0 and self.finished.all():  # host sync
+                break
+            self.make_noise(temperature, generator)
+            self.advance()
+        return self.completions()
+
+    def make_buffers(self, rows: int, prompt_length: int) -> None:
+        """Make everything a decoding step reads and writes, for so many rows."""
+        config, self.shape = self.language_model.config, (rows, prompt_length)
+        slots = -(-(prompt_length + self.max_new_tokens) // 8) * 8  # a mask's rows must be aligned
+        weight = self.model.lm_head.weight
+        head_size = config.hidden_size // config.num_attention_heads
+        cache_shape = (rows, config.num_key_value_heads, slots, head_size)
+        with torch.device(weight.device):
+            self.stops = torch.tensor(stop_ids(self.model))
+            self.drawn = torch.zeros(1, dtype=torch.long)  # tokens per row so far
+            self.next_slot = torch.zeros(1, dtype=torch.long)
+            self.mask = torch.zeros(1, 1, 1, slots, dtype=weight.dtype)  # 0 seen, -inf hidden
+            self.position = torch.zeros(rows, 1, dtype=torch.long)  # of the next token
+            self.finished = torch.zeros(rows, 1, dtype=torch.bool)
+            self.ids = torch.zeros(rows, self.max_new_tokens, dtype=torch.long)
+            accurate = torch.promote_types(weight.dtype, torch.float32)
+            self.logprobs = torch.zeros(rows, self.max_new_tokens, dtype=accurate)
+            self.noise = torch.zeros(rows, len(weight), dtype=accurate)
+            self.temperature = torch.ones((), dtype=accurate)
+        self.caches = [
+            Cache(cache_shape, self.next_slot, weight) for _ in self.language_model.layers
+        ]
+
+    def read(self, prompts: Prompts, group_size: int) -> Tensor:
+        """Start afresh: read each prompt once, return the rows' last states (B, hidden)."""
+        embeds, positions, first = embed_prompts(self.model, prompts)
+        rope = self.language_model.rotary_emb(embeds, positions)
+        hidden = embeds
+        for layer, cache in zip(self.language_model.layers, self.caches, strict=True):
+            hidden = call_layer(layer, hidden, rope, None, cache)
+        self.drawn.zero_()
+        self.next_slot.fill_(embeds.shape[1])
+        self.mask.fill_(-torch.inf)[..., : embeds.shape[1]] = 0
+        self.position.copy_(first.repeat_interleave(group_size, 0))
+        self.finished.zero_()
+        self.ids.fill_(self.pad_id)
+        self.logprobs.zero_()
+        return self.language_model.norm(hidden[:, -1]).repeat_interleave(group_size, 0)
+
+    def make_noise(self, temperature: float, generator: torch.Generator | None) -> None:
+        """Draw the next token's noise, log E with E ~ Exp(1); none if greedy.
+
+        It is made outside of the step, so that a recorded step holds no randomness of its own.
+        """
+        if temperature > 0:
+            self.noise.exponential_(generator=generator).log_()
+        else:
+            self.noise.zero_()
+
+    def step(self) -> Tensor:
+        """Feed each row its latest token and draw the next; return the logits it was drawn from.
+
+        Device work on fixed buffers only: nothing here depends on a value the host would know.
+        """
+        latest = self.ids.index_select(1, self.drawn - 1)  # (B, 1)
+        self.mask.index_fill_(-1, self.next_slot, 0)
+        hidden = self.language_model.embed_tokens(latest)
+        rope = self.language_model.rotary_emb(hidden, self.position.expand(3, -1, -1))
+        for layer, cache in zip(self.language_model.layers, self.caches, strict=True):
+            hidden = self.run_layer(layer, hidden, rope, self.mask, cache)
+        self.next_slot += 1
+        self.position += 1
+        return self.draw(self.language_model.norm(hidden)[:, 0])
+
+    def draw(self, hidden: Tensor) -> Tensor:
+        """Draw one token per row from states (B, hidden), note it; return its logits (B, V).
+
+        The Gumbel-max trick: argmax(logits - log E) with E ~ Exp(1) is a sample of softmax(logits),
+        without a cumulative sum over the vocabulary and without a host sync.
+        """
+        logits = matmul_fp32(hidden, self.model.lm_head.weight.T).div_(self.temperature)
+        token = (logits - self.noise).argmax(-1, keepdim=True)  # (B, 1)
+        logprob = logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True)
+        token = token.masked_fill(self.finished, self.pad_id)
+        self.ids.index_copy_(1, self.drawn, token)
+        self.logprobs.index_copy_(1, self.drawn, logprob.masked_fill(self.finished, 0))
+        self.finished |= torch.isin(token, self.stops)
+        self.drawn += 1
+        return logits
+
+    def completions(self) -> Completions:
+        """Return copies of what has been drawn, as wide as the longest row."""
+        is_stop = torch.isin(self.ids, self.stops)
+        before = is_stop.cumsum(1) - is_stop.long()  # stop tokens to the left
+        mask = before == 0
+        lengths = mask.sum(1).tolist()  # host sync
+        longest = max(lengths)
+        return Completions(
+            ids=self.ids[:, :longest].clone(),
+            mask=mask[:, :longest].clone(),
+            lengths=lengths,
+            logprobs=self.logprobs[:, :longest].clone(),
+            truncated=~self.finished[:, 0],
+        )
+
+    # --- the same step, faster --------------------------------------------------------
+
+    def fastest_step(self) -> Callable[[], Tensor]:
+        """Return `step`; on a GPU compiled and recorded, where that gives the same logits."""
+        if self.model.device.type != "cuda":
+            return self.step
+        if trusted("torch.compile of the decoder layers", self.check_compiled):
+            self.run_layer = compile_layer()
+        if trusted("a CUDA graph of the decoding step", self.check_recorded):
+            self.try_step(self.step)  # compiles, if need be: a recording must not see that
+            return Recording(self.step)
+        return self.step
+
+    def check_compiled(self) -> float:
+        """Return how far the logits are off when the layers are compiled."""
+        slow = self.try_step(self.step)
+        self.run_layer = compile_layer()
+        try:
+            return relative_difference(self.try_step(self.step), slow)
+        finally:
+            self.run_layer = call_layer
+
+    def check_recorded(self) -> float:
+        """Return how far the logits are off when the step is recorded and replayed."""
+        slow = self.try_step(self.step)
+        return relative_difference(self.try_step(Recording(self.step)), slow)
+
+    def try_step(self, advance: Callable[[], Tensor]) -> Tensor:
+        """Return the logits of a step taken right after the prompts with `advance`; undo it."""
+        self.drawn.fill_(1)  # as if a first token, the padding, had been drawn
+        logits = advance().clone()
+        self.next_slot -= 1
+        self.position -= 1
+        self.finished.zero_()
+        return logits
+
+
+class Recording:
+    """A function's device work as a CUDA graph: the same kernels on the same addresses, at once."""
+
+    def __init__(self, step: Callable[[], Tensor]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # records, does not run
+            self.result = step()
+
+    def __call__(self) -> Tensor:
+        """Replay, and return the result: always the same tensor, with new values."""
+        self.graph.replay()
+        return self.result
+
+
+def compile_layer() -> Callable[..., Tensor]:
+    """Return `call_layer` compiled: one graph for all layers, since each gets its own cache."""
+    return torch.compile(call_layer, fullgraph=True, dynamic=False)
+
+
+def call_layer(layer, hidden: Tensor, rope: tuple, mask: Tensor | None, cache: Cache) -> Tensor:
+    """Return the output of one of transformers' decoder layers; `rope` are cosines and sines."""
+    return layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rope)
+
+
+def make_generator(device: str, *numbers: int) -> torch.Generator:
+    """Return random numbers that are a function of some numbers, such as seed and step, alone."""
+    (state,) = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator(device).manual_seed(int(state))
+
+
+def completion_texts(processor, completions: Completions, stops: list[int]) -> list[str]:
+    """Return the text of each row, exactly as sampled, without its stop token."""
+    ids = completions.ids.tolist()  # host sync
+    return [
+        processor.tokenizer.decode([token for token in row[:length] if token not in stops])
+        for row, length in zip(ids, completions.lengths, strict=True)
+    ]

@@ -1,0 +1,208 @@
+"""Scoring: the log-prob of every completion token under a model, in one packed pass.
+
+Letters are those of the legend in grpo.py, and T is the number of all completion tokens. The Q
+prompts and their B ragged completions stand in one sequence of N = Q * P + T tokens, so that a
+prompt is read once and not once per completion, and nothing is padded but inside attention. The
+same pass serves the policy, with gradients, and the reference, without.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attention import IMPLEMENTATION, Packing, lower_right
+from fastpath import matmul_fp32
+from policy import Prompts, embed_prompts, free_memory
+
+CHUNK = 1024  # completion tokens whose logits over the vocabulary are in memory at once
+HEADROOM = 0.15  # of the memory: left free when layers to checkpoint are chosen
+
+
+def completion_logprobs(
+    model,
+    prompts: Prompts,
+    completion_ids: Tensor,
+    lengths: list[int],
+    *,
+    temperature: float,
+    checkpoint_layers: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-prob of every completion token and its distribution's entropy, (B, C) each.
+
+    Under softmax(logits / temperature) in fp32; zero from a row's length on. Rows are group-major.
+    Differentiable through the vision tower where gradients are enabled; the entropy never is.
+    `checkpoint_layers` layers are recomputed in the backward pass; None: as few as memory allows.
+    """
+    language_model = model.model.language_model
+    embeds, positions, first = embed_prompts(model, prompts)
+    packing, predictors = pack(completion_ids.shape, lengths, embeds.shape[:2], embeds.device)
+    group_size, rows = packing.group_size, len(lengths)
+    targets = completion_ids.flatten().index_select(0, packing.cells)  # (T,)
+    offsets = torch.arange(packing.longest, device=embeds.device)
+    positions_in_rows = first.repeat_interleave(group_size, 0) + offsets  # (B, C)
+    positions_of_targets = positions_in_rows.flatten().index_select(0, packing.cells)
+    hidden = run_packed(
+        language_model,
+        torch.cat([embeds.flatten(0, 1), language_model.embed_tokens(targets)]),
+        torch.cat([positions.flatten(1), positions_of_targets.expand(3, -1)], 1),
+        packing,
+        checkpoint_layers,
+    )
+    border = packing.prompts * packing.prompt_length
+    last_of_prompts = hidden[:border].unflatten(0, embeds.shape[:2])[:, -1]
+    states = torch.cat([last_of_prompts.repeat_interleave(group_size, 0), hidden[border:]])
+    scores = ChunkedLogprobs.apply(
+        states.index_select(0, predictors), model.lm_head.weight, targets, temperature
+    )
+    return tuple(
+        score.new_zeros(rows * packing.longest).index_copy(0, packing.cells, score).view(rows, -1)
+        for score in scores
+    )
+
+
+def pack(
+    grid: tuple[int, int], lengths: list[int], prompt_grid: tuple[int, int], device
+) -> tuple[Packing, Tensor]:
+    """Return where all tokens stand, and which state predicts each completion token, (T,).
+
+    Completions of these lengths in a (B, C) grid, prompts in a (Q, P) grid. States are numbered:
+    first the B rows' last prompt states, then the T states of the completion tokens. Indices are
+    made on the host, where the lengths are: no device work depends on their values.
+    """
+    (rows, longest), (prompts, prompt_length) = grid, prompt_grid
+    column = torch.arange(longest).expand(rows, -1)
+    in_completion = column < torch.tensor(lengths)[:, None]  # (B, C)
+    cells = in_completion.flatten().nonzero()[:, 0]  # (T,)
+    previous = rows + torch.arange(len(cells)) - 1
+    predictors = torch.where(cells % longest == 0, cells // longest, previous)
+    packing = Packing(
+        prompts=prompts,
+        prompt_length=prompt_length,
+        group_size=rows // prompts,
+        longest=longest,
+        cells=cells.to(device),
+        visible=lower_right(longest, prompt_length + longest, device=device),
+    )
+    return packing, predictors.to(device)
+
+
+def run_packed(
+    language_model,
+    embeds: Tensor,
+    positions: Tensor,
+    packing: Packing,
+    checkpoint_layers: int | None,
+) -> Tensor:
+    """Return the last states (N, hidden) of a sequence: embeds (N, hidden), positions (3, N).
+
+    The first `checkpoint_layers` layers keep their input only and run again in the backward pass.
+    """
+    if language_model.config._attn_implementation != IMPLEMENTATION:
+        raise RuntimeError("call policy.use_own_attention(model) before scoring with a model")
+    hidden = embeds[None]
+    rope = language_model.rotary_emb(hidden, positions[:, None])
+    options = {"attention_mask": None, "position_embeddings": rope, "packing": packing}
+    if not torch.is_grad_enabled():
+        checkpoint_layers = 0
+    elif checkpoint_layers is None:
+        checkpoint_layers = layers_to_checkpoint(language_model, len(embeds))
+    for number, layer in enumerate(language_model.layers):
+        if number < checkpoint_layers:
+            hidden = checkpoint(
+                layer, hidden, use_reentrant=False, preserve_rng_state=False, **options
+            )
+        else:
+            hidden = layer(hidden, **options)
+    return language_model.norm(hidden)[0]
+
+
+# --- memory -----------------------------------------------------------------------------
+
+
+def layers_to_checkpoint(language_model, tokens: int) -> int:
+    """Return how many layers must be recomputed for a pass over so many tokens to fit.
+
+    The memory that is free now, less the gradients still to come, the logits of one chunk and
+    HEADROOM, is shared out: a kept layer takes `activation_bytes` for each token.
+    """
+    config, device = language_model.config, language_model.device
+    free, total = free_memory(device)
+    missing = [p for p in language_model.parameters() if p.requires_grad and p.grad is None]
+    gradients = sum(p.numel() * p.element_size() for p in missing)
+    logits = 3 * 4 * min(tokens, CHUNK) * config.vocab_size
+    per_layer = tokens * activation_bytes(config, language_model.dtype)
+    budget = free - gradients - logits - HEADROOM * total - per_layer  # one layer is always live
+    kept = max(0, int(budget / per_layer))
+    return max(0, config.num_hidden_layers - kept)
+
+
+def activation_bytes(config, dtype: torch.dtype) -> int:
+    """Return about how many bytes a decoder layer keeps of a token for the backward pass.
+
+    Counted on transformers' layers: the MLP keeps 4 vectors of its inner width, and all else that
+    is kept, with the padding inside attention, comes to about 15 of the hidden width.
+    """
+    return dtype.itemsize * (4 * config.intermediate_size + 15 * config.hidden_size)
+
+
+# --- log-probs --------------------------------------------------------------------------
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(states @ weight.T / temperature)[target], without keeping any logits.
+
+    The logits of 6,000 tokens over 152,064 words take 3.4 GiB in fp32, and softmax and gradient as
+    much again. Here one chunk of tokens has logits at a time; the backward pass makes them anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, states: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies, (T,) each in at least fp32; the latter without gradient.
+
+        states (T, hidden), weight (V, hidden), targets (T,).
+        """
+        logprobs = torch.empty(len(states), device=states.device, dtype=at_least_fp32(states.dtype))
+        entropy, log_normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for start in range(0, len(states), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = matmul_fp32(states[chunk], weight.T).div_(temperature)  # (chunk, V)
+            log_normalizer[chunk] = logits.logsumexp(-1)
+            normalizer = log_normalizer[chunk, None]
+            logprobs[chunk] = (logits.gather(1, targets[chunk, None]) - normalizer)[:, 0]
+            probabilities = (logits - normalizer).exp_()
+            entropy[chunk] = log_normalizer[chunk] - probabilities.mul_(logits).sum(-1)
+        ctx.save_for_backward(states, weight, targets, log_normalizer)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """d logprob / d logits = one-hot(target) - softmax(logits), divided by the temperature."""
+        states, weight, targets, log_normalizer = ctx.saved_tensors
+        for_states, for_weight = ctx.needs_input_grad[:2]
+        states_gradient = torch.empty_like(states) if for_states else None
+        weight_gradient = None
+        if for_weight:  # summed over chunks in fp32
+            weight_gradient = torch.zeros_like(weight, dtype=log_normalizer.dtype)
+        for start in range(0, len(states), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = matmul_fp32(states[chunk], weight.T).div_(ctx.temperature)
+            d_logits = logits.sub_(log_normalizer[chunk, None]).exp_().neg_()
+            d_logits.scatter_add_(1, targets[chunk, None], torch.ones_like(d_logits[:, :1]))
+            d_logits.mul_(gradient[chunk, None] / ctx.temperature)
+            d_logits = d_logits.to(states.dtype)
+            if for_states:
+                states_gradient[chunk] = d_logits @ weight
+            if for_weight:
+                weight_gradient += matmul_fp32(d_logits.T, states[chunk])
+        if for_weight:
+            weight_gradient = weight_gradient.to(weight.dtype)
+        return states_gradient, weight_gradient, None, None
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)

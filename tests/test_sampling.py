@@ -1,0 +1,317 @@
+"""sampling.py against transformers' generate, and against the scoring pass."""
+
+import pytest
+import torch
+from conftest import make_prompts, scored, stock
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import sampling
+from policy import Prompts
+from sampling import Completions, Sampler, completion_texts, make_generator
+
+PAD = 0
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph's stand-in on a CPU: notes each tensor operation of a step, once.
+
+    Replayed, the same operations run on the same tensors with the same numbers. Whatever the step
+    decided in Python (a slot, a shape, a branch) is frozen, as it is in a recorded graph.
+    """
+
+    def __init__(self, step):
+        super().__init__()
+        self.calls = []
+        step()  # as on a GPU, where the step is compiled before it is recorded
+        with self:
+            self.result = step()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def __call__(self):
+        new = {}
+
+        def current(x):
+            return new.get(id(x), x) if isinstance(x, torch.Tensor) else x
+
+        for func, args, kwargs, recorded in self.calls:
+            out = func(*tree_map(current, args), **tree_map(current, kwargs))
+            for old, fresh in zip(tree_leaves(recorded), tree_leaves(out), strict=True):
+                if isinstance(old, torch.Tensor):
+                    new[id(old)] = fresh
+        return new.get(id(self.result), self.result)
+
+
+class RecordedSampler(Sampler):
+    """Takes the path of a GPU: the first step is recorded, all steps are replays."""
+
+    def fastest_step(self):
+        self.drawn.fill_(1)
+        return Tape(self.step)
+
+
+def make_sampler(model, kind=Sampler, max_new_tokens=12) -> Sampler:
+    return kind(model, max_new_tokens=max_new_tokens, pad_id=PAD)
+
+
+def sample(model, prompts, *, kind=Sampler, max_new_tokens=12, seed=0, **options) -> Completions:
+    options = {"group_size": 2, "temperature": 0.7, **options}
+    generator = torch.Generator().manual_seed(seed)
+    sampler = make_sampler(model, kind, max_new_tokens)
+    return sampler.generate(prompts, generator=generator, **options)
+
+
+def stock_generate(model, prompts: Prompts, *, group_size: int = 2, max_new_tokens: int = 12):
+    """Greedy completions by transformers' generate, one row for each."""
+    return (
+        stock(model)
+        .generate(
+            input_ids=prompts.input_ids,
+            attention_mask=torch.ones_like(prompts.input_ids),
+            mm_token_type_ids=prompts.mm_token_type_ids,
+            pixel_values=prompts.pixel_values.flatten(0, 1),
+            image_grid_thw=prompts.image_grid_thw,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=PAD,
+        )[:, prompts.input_ids.shape[1] :]
+        .repeat_interleave(group_size, 0)
+    )
+
+
+both_kinds = pytest.mark.parametrize("kind", [Sampler, RecordedSampler])
+
+
+# --- greedy -------------------------------------------------------------------------------
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_greedy_ids_equal_transformers_generate(model, processor, kind, dtype):
+    """Also with buffers that an earlier call has used, for other prompts."""
+    model = model.to(dtype)
+    sampler = make_sampler(model, kind)
+    many = make_prompts(processor, 5)
+    for prompts in (many[:3], many[2:5], many[:3]):
+        own = sampler.generate(prompts, group_size=2, temperature=0.0)
+        expected = stock_generate(model, prompts)
+        assert len(expected.unique()) > 5
+        assert own.ids.tolist() == expected.tolist()
+
+
+def test_without_the_images_offset_the_ids_are_wrong(model, prompts, monkeypatch):
+    """A negative control: positions counted in tokens, as in a text without images."""
+    embed = sampling.embed_prompts
+
+    def ignore_offset(*args):
+        embeds, positions, first = embed(*args)
+        return embeds, positions, torch.full_like(first, embeds.shape[1])
+
+    monkeypatch.setattr(sampling, "embed_prompts", ignore_offset)
+    own = sample(model, prompts, temperature=0.0)
+    assert own.ids.tolist() != stock_generate(model, prompts).tolist()
+
+
+@both_kinds
+@pytest.mark.parametrize("pad_stops", [False, True])
+def test_several_stop_tokens_and_an_early_end(model, prompts, kind, pad_stops):
+    free = stock_generate(model, prompts, max_new_tokens=40)
+    stops = {int(free[0, 4]), int(free[2, 9]), int(free[4, 12])} | ({PAD} if pad_stops else set())
+    model.generation_config.eos_token_id = sorted(stops)
+    expected = stock_generate(model, prompts, max_new_tokens=40)
+    own = sample(model, prompts, kind=kind, temperature=0.0, max_new_tokens=40)
+    assert own.ids.shape[1] < 20
+    assert own.ids.tolist() == expected.tolist()
+
+
+def test_the_first_stop_token_belongs_to_the_completion(model, prompts):
+    free = sample(model, prompts, temperature=0.0, max_new_tokens=10)
+    stops = [int(free.ids[0, 4]), int(free.ids[2, 6])]  # of prompts 0 and 1: two stop tokens
+    model.generation_config.eos_token_id = stops
+    stopped = sample(model, prompts, temperature=0.0, max_new_tokens=10)
+    for row, (ids, mask) in enumerate(zip(stopped.ids, stopped.mask, strict=True)):
+        ends = [i for i, token in enumerate(free.ids[row].tolist()) if token in stops]
+        length = ends[0] + 1 if ends else 10
+        assert stopped.lengths[row] == length
+        assert mask.tolist() == [i < length for i in range(mask.shape[0])]
+        assert ids[:length].tolist() == free.ids[row, :length].tolist()
+        assert (ids[length:] == PAD).all()
+        assert (stopped.logprobs[row, length:] == 0).all()
+        assert bool(stopped.truncated[row]) == (not ends)
+
+
+def test_an_immediate_stop_is_a_completion_of_one_token(model, prompts):
+    first = sample(model, prompts, temperature=0.0, max_new_tokens=1).ids.flatten().tolist()
+    model.generation_config.eos_token_id = sorted(set(first))
+    stopped = sample(model, prompts, temperature=0.0)
+    assert stopped.mask.tolist() == [[True]] * 6
+    assert not stopped.truncated.any()
+
+
+# --- sampling -----------------------------------------------------------------------------
+
+
+@both_kinds
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_recorded_logprobs_equal_the_scoring_pass(model, prompts, temperature, kind):
+    drawn = sample(model, prompts, kind=kind, group_size=3, temperature=temperature)
+    with torch.no_grad():
+        expected = scored(model, prompts, drawn.ids, drawn.mask, temperature=temperature)
+        elsewhere = scored(model, prompts, drawn.ids, drawn.mask, temperature=0.9)
+    torch.testing.assert_close(drawn.logprobs, expected, rtol=0, atol=1e-10)
+    assert (drawn.logprobs - elsewhere).abs().max() > 1e-2
+
+
+def test_sampling_ignores_the_checkpoints_generation_config(model, prompts):
+    plain = sample(model, prompts)
+    model.generation_config.update(temperature=1e-6, repetition_penalty=5.0, top_k=1, top_p=0.1)
+    assert torch.equal(sample(model, prompts).ids, plain.ids)
+
+
+@both_kinds
+def test_samples_follow_the_seed_and_rows_differ(model, prompts, kind):
+    sampler = make_sampler(model, kind)
+    options = {"group_size": 2, "temperature": 0.7}
+    first, again, other = (
+        sampler.generate(prompts, generator=make_generator("cpu", 0, step), **options)
+        for step in (1, 1, 2)
+    )
+    assert torch.equal(first.ids, again.ids)
+    assert torch.equal(first.logprobs, again.logprobs)
+    assert not torch.equal(first.ids, other.ids)
+    assert len({tuple(row) for row in first.ids.tolist()}) == 6
+
+
+def test_a_recorded_step_draws_what_the_plain_step_draws(model, prompts):
+    plain, recorded = (sample(model, prompts, kind=k) for k in (Sampler, RecordedSampler))
+    assert torch.equal(plain.ids, recorded.ids)
+    assert torch.equal(plain.logprobs, recorded.logprobs)
+
+
+def test_random_numbers_are_a_function_of_seed_and_step():
+    def first(*numbers):
+        return torch.rand(1, generator=make_generator("cpu", *numbers)).item()
+
+    assert len({first(seed, step) for seed in (0, 1) for step in (0, 1)}) == 4
+    assert first(1, 0) == first(1, 0)
+
+
+def test_drawn_tokens_follow_the_softmax(model, prompts):
+    """The first token of 40,000 rows of one prompt, over the 4 likeliest words and the rest."""
+    rows, temperature = 40_000, 1.5
+    sampler = make_sampler(model, max_new_tokens=1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sampler.generate(
+        prompts[:1], group_size=rows, temperature=temperature, generator=generator
+    )
+    tokens = torch.arange(model.config.text_config.vocab_size)[:, None]
+    with torch.no_grad():
+        every_token = scored(
+            model, prompts[:1], tokens, torch.ones_like(tokens).bool(), temperature=temperature
+        )[:, 0]
+    expected, order = every_token.exp().sort(descending=True)
+    counts = torch.bincount(drawn.ids[:, 0], minlength=len(tokens))[order]
+    expected, counts = (torch.cat([x[:4], x[4:].sum()[None]]) for x in (expected, counts))
+    assert expected.sum().item() == pytest.approx(1)
+    assert (expected > 0.01).all()
+    chi_square = ((counts - rows * expected) ** 2 / (rows * expected)).sum()
+    assert chi_square < 18.47  # the 99.9 % quantile at 4 degrees of freedom
+
+
+@both_kinds
+def test_an_update_in_place_is_seen_by_the_next_rollout(model, prompts, kind):
+    sampler = make_sampler(model, kind)
+    before = sampler.generate(prompts, group_size=2, temperature=0.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            change = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.mul_(1 + 0.2 * change)
+    after = sampler.generate(prompts, group_size=2, temperature=0.0)
+    assert before.ids.tolist() != after.ids.tolist()
+    assert after.ids.tolist() == stock_generate(model, prompts).tolist()
+
+
+def test_buffers_are_made_anew_for_another_shape(model, prompts, processor):
+    sampler = make_sampler(model)
+    for some, group_size in ((prompts, 2), (prompts[:1], 2), (prompts[:2], 3)):
+        own = sampler.generate(some, group_size=group_size, temperature=0.0)
+        assert own.ids.tolist() == stock_generate(model, some, group_size=group_size).tolist()
+
+
+def test_greedy_and_sampled_calls_share_their_buffers(model, prompts):
+    sampler = make_sampler(model, RecordedSampler)
+    greedy = sampler.generate(prompts, group_size=2, temperature=0.0)
+    generator = torch.Generator().manual_seed(0)
+    warm = sampler.generate(prompts, group_size=2, temperature=0.7, generator=generator)
+    again = sampler.generate(prompts, group_size=2, temperature=0.0)
+    assert torch.equal(warm.ids, sample(model, prompts).ids)
+    assert torch.equal(greedy.ids, again.ids)
+    assert torch.equal(greedy.logprobs, again.logprobs)
+
+
+# --- what a GPU needs of a step -----------------------------------------------------------
+
+
+HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+
+def test_a_step_reads_nothing_back(model, prompts):
+    sampler = make_sampler(model, RecordedSampler)
+    sampler.generate(prompts, group_size=2, temperature=0.7)
+    names = {str(func) for func, *_ in sampler.advance.calls}
+    assert len(names) > 20
+    assert not [name for name in names if any(read in name for read in HOST_READS)]
+
+
+def test_trying_a_step_leaves_no_trace(model, prompts):
+    class TriedSampler(Sampler):
+        def fastest_step(self):
+            first, second = self.try_step(self.step), self.try_step(self.step)
+            assert torch.equal(first, second)
+            assert self.check_compiled() == 0.0
+            return self.step
+
+    torch._dynamo.reset()
+    plain = sample(model, prompts)
+    compile_layer = sampling.compile_layer
+    sampling.compile_layer = lambda: sampling.call_layer
+    try:
+        tried = sample(model, prompts, kind=TriedSampler)
+    finally:
+        sampling.compile_layer = compile_layer
+    assert torch.equal(plain.ids, tried.ids)
+    assert torch.equal(plain.logprobs, tried.logprobs)
+
+
+def test_one_compiled_graph_fits_all_layers(model, prompts, monkeypatch):
+    """And stays valid after an update: nothing is compiled again."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer = torch.compile(sampling.call_layer, fullgraph=True, dynamic=False, backend="aot_eager")
+    sampler = make_sampler(model)
+    sampler.run_layer = layer
+    for _ in range(2):
+        own = sampler.generate(prompts, group_size=2, temperature=0.0)
+        assert own.ids.tolist() == stock_generate(model, prompts).tolist()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# --- texts --------------------------------------------------------------------------------
+
+
+def test_texts_are_what_was_sampled_without_the_stop_token(model, processor, prompts):
+    tokens = processor.tokenizer.encode("<answer>12.50</answer><|image_pad|>")
+    ids = torch.tensor([[*tokens, 2, PAD], [*tokens, 7, 2]])
+    mask = torch.tensor([[True] * (len(tokens) + 1) + [False], [True] * (len(tokens) + 2)])
+    completions = Completions(ids, mask, mask.sum(1).tolist(), mask.float(), mask[:, 0])
+    first, second = completion_texts(processor, completions, [2, 0])
+    assert first == "<answer>12.50</answer><|image_pad|>"
+    assert second == first + processor.tokenizer.decode([7])
