@@ -1,11 +1,12 @@
-"""Attention of the language model, in the three forms that sampling and scoring need.
+"""Attention in the forms that sampling and scoring need.
 
-Letters are those of the legend in grpo.py. transformers' own decoder layers call `attention` under
-the name IMPLEMENTATION; it tells by what it is given which pass it serves:
+Letters are those of the legend in grpo.py. transformers' own layers call `attention` under the name
+IMPLEMENTATION; it tells by what it is given which pass it serves:
 
     scoring   prompts and their ragged completions in one sequence: `packing` is given
+    decoding  one token of each row against cached keys and values: a mask is given
+    vision    the patches of all images: `windows` is given
     prompts   Q prompts of equal length, causal; and whatever a stock call asks for
-    decoding  one token of each row against cached keys and values: `mask` is given
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Packing:
         """Return the completions' part of x (N, heads, D), padded with zeros: (B, heads, C, D)."""
         rows = self.prompts * self.group_size
         grid = x.new_zeros(rows * self.longest, *x.shape[1:])
-        grid = grid.index_copy(0, self.cells, x[self.prompts * self.prompt_length :])
+        grid.index_copy_(0, self.cells, x[self.prompts * self.prompt_length :])
         return grid.unflatten(0, (rows, -1)).transpose(1, 2)
 
     def in_rows_after_prompts(self, x: Tensor) -> Tensor:
@@ -65,27 +66,46 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
     packing: Packing | None = None,
+    windows: tuple[int, int] | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """Return what the heads read, (rows, tokens, Hq, D), of query (rows, Hq, tokens, D).
 
     key and value are (rows, Hkv, slots, D): each serves Hq / Hkv query heads. The signature is
     transformers'; the second result stands for attention weights, which nobody asks for.
+    `windows` counts the equal pieces that patches look around in: images, and windows of images.
     """
     if packing is not None:
         return packed_attention(query[0], key[0], value[0], packing, scaling)[None], None
-    if mask is not None and query.shape[2] == 1:
-        return one_token_attention(query, key, value, mask, scaling), None
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+    if windows is not None:
+        pieces = windows[0 if module.sees_whole_image else 1]
+        return window_attention(query[0], key[0], value[0], pieces, scaling)[None], None
+    if attention_mask is not None and query.shape[2] == 1:
+        return one_token_attention(query, key, value, attention_mask, scaling), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **options
+    )
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
 # without a mask function of the same name, stock calls would ignore padding
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, pieces: int, scaling: float
+) -> Tensor:
+    """Return attention within equal pieces of all patches, (patches, heads, D); no order in them.
+
+    All are (heads, patches, D). transformers would take one piece after the other.
+    """
+    in_pieces = (x.unflatten(1, (pieces, -1)).transpose(0, 1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(*in_pieces, scale=scaling)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def one_token_attention(
@@ -97,8 +117,12 @@ def one_token_attention(
     so that keys and values are read where they lie and not repeated for each of them.
     """
     rows, heads, _, size = query.shape
-    as_tokens = query.reshape(rows, key.shape[1], -1, size)  # (B, Hkv, Hq / Hkv, D)
-    out = F.scaled_dot_product_attention(as_tokens, key, value, attn_mask=mask, scale=scaling)
+    query = query.reshape(rows, key.shape[1], -1, size)  # (B, Hkv, Hq / Hkv, D)
+    if query.is_cuda:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    else:  # the CPU's kernel is made for many queries: for a few, plain products are 2 x faster
+        scores = (query * scaling) @ key.transpose(-1, -2) + mask
+        out = scores.softmax(-1) @ value
     return out.reshape(rows, 1, heads, size)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from qwen_vl_utils import process_vision_info
 from torch import Tensor
@@ -30,7 +31,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-import attention
+from attention import IMPLEMENTATION
 
 MODEL_TYPE = "qwen2_5_vl"
 HUB_PARAMETERS = {  # so that a machine too small is told before anything is downloaded
@@ -80,13 +81,25 @@ def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loa
 
 
 def use_own_attention(model) -> None:
-    """Let the language model's layers call `attention.attention`; the vision tower keeps its own.
+    """Let the model's layers call `attention.attention`, and embed patches by a matrix product.
 
     Raises `ModelError` for layers that attend to a sliding window, which it does not know.
     """
     if set(model.config.text_config.layer_types) != {"full_attention"}:
         raise ModelError("a model whose attention slides over a window cannot be used")
-    model.set_attn_implementation({"text_config": attention.IMPLEMENTATION})
+    model.set_attn_implementation(IMPLEMENTATION)
+    visual = model.model.visual
+    for number, block in enumerate(visual.blocks):
+        block.attn.sees_whole_image = number in visual.config.fullatt_block_indexes
+    visual.patch_embed.proj.__class__ = PatchProjection
+
+
+class PatchProjection(torch.nn.Conv3d):
+    """The convolution that embeds patches: they do not overlap, so it is a matrix product."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return (patches, hidden) of (patches, channels, time, height, width)."""
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
 def model_config(model: str) -> Qwen2_5_VLConfig:
@@ -294,19 +307,25 @@ def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     return embeds, positions.to(embeds.device), first.to(embeds.device)
 
 
-def vision_layout(visual, grid: Tensor) -> dict[str, Tensor]:
+def vision_layout(visual, grid: Tensor) -> dict[str, object]:
     """Return positions and attention windows of the patches of some images, grid (images, 3).
 
-    transformers would make the same, on the device, and read it back in every block of the tower.
+    transformers would make the same on the device, read it back in every block, and attend to one
+    window after the other. Windows of one size, as of 224 pixels, are attended to at once.
     """
     config = visual.config
-    window_index, window_borders = get_vision_window_index(
+    window_index, borders = get_vision_window_index(
         grid, config.spatial_merge_size, config.window_size, config.patch_size
     )
     positions = get_vision_position_ids(grid, config.spatial_merge_size)
-    return {
+    layout = {
         "position_ids": positions.to(visual.device),
         "window_index": window_index.to(visual.device),
-        "cu_window_seqlens": window_borders,  # these two are read by the host
+        "cu_window_seqlens": borders,  # borders are read by the host, and so stay there
         "cu_seqlens": get_vision_cu_seqlens(grid),
     }
+    if config._attn_implementation == IMPLEMENTATION and len(borders.diff().unique()) == 1:
+        layout["windows"] = (len(layout["cu_seqlens"]) - 1, len(borders) - 1)
+        everything = borders[[0, -1]]  # no border: `attention` cuts into `windows`
+        layout |= {"cu_window_seqlens": everything, "cu_seqlens": everything}
+    return layout

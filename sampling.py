@@ -18,7 +18,7 @@ from torch import Tensor
 from fastpath import matmul_fp32, relative_difference, trusted
 from policy import Prompts, embed_prompts, stop_ids
 
-FINISHED_CHECK_EVERY = 8  # tokens between two looks at whether all rows have ended
+FINISHED_CHECK_EVERY = {"cuda": 8}  # tokens between two looks at whether all rows have ended
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ class Sampler:
         hidden = self.read(prompts, group_size)
         self.make_noise(temperature, generator)
         self.draw(hidden)
+        check_every = FINISHED_CHECK_EVERY.get(self.model.device.type, 1)
         for drawn in range(1, self.max_new_tokens):
-            if drawn % FINISHED_CHECK_EVERY == 0 and self.finished.all():  # host sync
+            if drawn % check_every == 0 and self.finished.all():  # host sync
                 break
             self.make_noise(temperature, generator)
             self.advance()
@@ -142,12 +143,13 @@ class Sampler:
         return self.language_model.norm(hidden[:, -1]).repeat_interleave(group_size, 0)
 
     def make_noise(self, temperature: float, generator: torch.Generator | None) -> None:
-        """Draw the next token's noise, log E with E ~ Exp(1); none if greedy.
+        """Draw the next token's noise, log E with E = -log U ~ Exp(1); none if greedy.
 
         It is made outside of the step, so that a recorded step holds no randomness of its own.
+        U = 0 makes it infinite: that word is not drawn this time.
         """
         if temperature > 0:
-            self.noise.exponential_(generator=generator).log_()
+            self.noise.uniform_(generator=generator).log_().neg_().log_()
         else:
             self.noise.zero_()
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ class Task:
     lr: float = 1.5e-4
     temperature: float = 1.0
     seed: int = 0
+    rows_per_pass: int = 8  # of a forward and backward pass: 8 % faster than all 64 at once
 
     @property
     def rows(self) -> int:
@@ -71,6 +73,8 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
     processor = AutoProcessor.from_pretrained(task.model)
     policy, reference = load(task), load(task).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=task.lr, **ADAM)
+    temperature = task.temperature
+    parts = [slice(a, a + task.rows_per_pass) for a in range(0, task.rows, task.rows_per_pass)]
     for step in range(steps):
         times = [time.perf_counter()]
         indices = range(step * task.prompts, (step + 1) * task.prompts)
@@ -80,24 +84,27 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
 
         batch, completions, mask = roll_out(policy, prompts, task)
         rewards = judge(processor, completions, examples)
-        advantages = (rewards - rewards.mean(1, keepdim=True)) / (
-            rewards.std(1, keepdim=True) + STD_EPS
-        )
+        advantages = group_advantages(rewards)
         times.append(time.perf_counter())
 
         with torch.no_grad():
-            ref_logprobs = token_logprobs(reference, batch, completions, task.temperature)
+            scored = [
+                token_logprobs(reference, inputs_of(batch, part), completions[part], temperature)
+                for part in parts
+            ]
         times.append(time.perf_counter())
 
-        logprobs = token_logprobs(policy, batch, completions, task.temperature)
-        loss = grpo_loss(logprobs, ref_logprobs, advantages.view(-1, 1), mask, task.beta)
-        loss.backward()
+        for part, ref_logprobs in zip(parts, scored, strict=True):
+            inputs = inputs_of(batch, part)
+            logprobs = token_logprobs(policy, inputs, completions[part], temperature)
+            losses = row_losses(logprobs, ref_logprobs, advantages[part], mask[part], task.beta)
+            (losses.sum() / task.rows).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter())
 
-        laps = [end - start for start, end in zip(times, times[1:], strict=False)]
+        laps = [end - start for start, end in pairwise(times)]
         yield {
             "step_s": sum(laps),
             "completion_tokens": int(mask.sum()),
@@ -131,11 +138,15 @@ def encode(processor, examples: list[Example], group_size: int) -> dict[str, Ten
         padding_side="left",
         return_tensors="pt",
     )
-    # the images' patches lie one after the other; all images have the same number of them
-    patches = inputs["pixel_values"].unflatten(0, (len(images), -1))
-    inputs["pixel_values"] = patches
-    rows = {name: value.repeat_interleave(group_size, 0) for name, value in inputs.items()}
-    return {**rows, "pixel_values": rows["pixel_values"].flatten(0, 1)}
+    # the patches come in one row; with an axis for their images, everything repeats alike
+    inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(images), -1))
+    return {name: value.repeat_interleave(group_size, 0) for name, value in inputs.items()}
+
+
+def inputs_of(batch: dict[str, Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
+    """Return some rows as the model takes them: the patches of all images in one row again."""
+    some = {name: value[rows] for name, value in batch.items()}
+    return {**some, "pixel_values": some["pixel_values"].flatten(0, 1)}
 
 
 def roll_out(
@@ -143,7 +154,7 @@ def roll_out(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Return the inputs of a pass over prompts and completions, the completions, and their mask."""
     sequences = policy.generate(
-        **prompts,
+        **inputs_of(prompts),
         do_sample=True,
         temperature=task.temperature,
         top_k=0,
@@ -174,29 +185,35 @@ def judge(processor, completions: Tensor, examples: list[Example]) -> Tensor:
     return torch.tensor(rewards).view(-1, group_size)
 
 
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Return every row's reward against its group's, (rows, 1), from (prompts, group size)."""
+    centered = rewards - rewards.mean(1, keepdim=True)
+    return (centered / (rewards.std(1, keepdim=True) + STD_EPS)).view(-1, 1)
+
+
 def token_logprobs(
     model: Qwen2_5_VLForConditionalGeneration,
-    batch: dict[str, Tensor],
+    inputs: dict[str, Tensor],
     completions: Tensor,
     temperature: float,
 ) -> Tensor:
     """Return the log-probs of the completions' tokens, shaped as they are."""
-    logits = model(**batch, use_cache=False).logits
+    logits = model(**inputs, use_cache=False).logits
     logits = logits[:, -completions.shape[1] - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
 
 
-def grpo_loss(
+def row_losses(
     logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor, beta: float
 ) -> Tensor:
-    """Return the clipped surrogate with its KL penalty: mean over a row's tokens, then rows."""
+    """Return every row's clipped surrogate with its KL penalty, means over its tokens."""
     ratio = (logprobs - logprobs.detach()).exp()  # 1: each rollout is used once
     clipped = ratio.clamp(1 - CLIP_EPS, 1 + CLIP_EPS)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     difference = ref_logprobs - logprobs
     kl = difference.exp() - difference - 1
-    loss = (beta * kl - surrogate) * mask
-    return (loss.sum(1) / mask.sum(1)).mean()
+    losses = (beta * kl - surrogate) * mask
+    return losses.sum(1) / mask.sum(1)
 
 
 # --- TRL --------------------------------------------------------------------------------
@@ -248,9 +265,9 @@ def trl_settings(task: Task, steps: int) -> dict:
         "seed": task.seed,
         "use_cpu": True,
         "bf16": False,
-        # speed: a whole step in one pass, nothing recomputed, written or reported
-        "per_device_train_batch_size": task.rows,
-        "gradient_accumulation_steps": 1,
+        # speed: nothing recomputed, written or reported; TRL still samples all rows together
+        "per_device_train_batch_size": task.rows_per_pass,
+        "gradient_accumulation_steps": task.rows // task.rows_per_pass,
         "gradient_checkpointing": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,

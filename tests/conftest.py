@@ -83,6 +83,7 @@ def stock(model):
     """A copy of the model as transformers would load it, with attention of its own."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("sdpa")
+    twin.model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d
     return twin
 
 

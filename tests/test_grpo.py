@@ -282,6 +282,20 @@ def test_micro_batches_give_the_gradient_of_one_batch(model, prompts, loss):
             assert (one - many).norm() <= 1e-9 * one.norm() + 1e-12
 
 
+def test_the_gradient_waits_for_nothing(model, prompts):
+    """On the meta device tensors have no values: whatever asks for one raises."""
+    rollout = rollout_of(prompts)
+    tensors = {
+        name: getattr(rollout, name).to("meta")
+        for name in ("completion_ids", "completion_mask", "sampled_logprobs", "advantages")
+    }
+    rollout = replace(rollout, prompts=prompts.to("meta"), **tensors)
+    weights = token_weights(rollout.completion_mask, loss="grpo", max_new_tokens=16)
+    options = {"temperature": 1.0, "beta": 0.1, "clip_eps": 0.2, "clip_eps_high": 0.2}
+    backward(model.to("meta"), rollout, weights, micro_batch=2, checkpoint_layers=1, **options)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_equal_rewards_give_no_gradient(loaded, prompts):
     rollout = collect(loaded, prompts, reward=lambda text, q: 0.7)
     before = copy.deepcopy(loaded.policy.state_dict())

@@ -69,14 +69,20 @@ def test_the_text_is_tokenized_once(processor):
     assert encode_text.cache_info().misses == before
 
 
-def test_embeddings_and_positions_are_those_of_transformers(model, prompts):
+@pytest.mark.parametrize("size", [224, 84, 140])  # 4 equal windows an image; one; 4 unequal ones
+def test_embeddings_and_positions_are_those_of_transformers(model, processor, size):
+    images = [
+        make_example(ShapeSpec(), seed=1, split="train", index=i, image_size=size).image
+        for i in range(3)
+    ]
+    prompts = encode(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt())
     twin = stock(model).model
     embeds, positions, first = embed_prompts(model, prompts)
     features = twin.get_image_features(prompts.pixel_values.flatten(0, 1), prompts.image_grid_thw)
     expected = twin.get_input_embeddings()(prompts.input_ids)
     is_image = prompts.input_ids == model.config.image_token_id
     expected[is_image] = torch.cat(list(features.pooler_output))
-    assert torch.equal(embeds, expected)
+    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-12)
     stock_positions, delta = twin.get_rope_index(
         prompts.input_ids, prompts.mm_token_type_ids, image_grid_thw=prompts.image_grid_thw
     )

@@ -257,15 +257,16 @@ def test_greedy_and_sampled_calls_share_their_buffers(model, prompts):
 # --- what a GPU needs of a step -----------------------------------------------------------
 
 
-HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-
-
-def test_a_step_reads_nothing_back(model, prompts):
-    sampler = make_sampler(model, RecordedSampler)
-    sampler.generate(prompts, group_size=2, temperature=0.7)
-    names = {str(func) for func, *_ in sampler.advance.calls}
-    assert len(names) > 20
-    assert not [name for name in names if any(read in name for read in HOST_READS)]
+def test_reading_prompts_and_decoding_wait_for_nothing(model, prompts):
+    """On the meta device tensors have no values: whatever asks for one raises."""
+    sampler = make_sampler(model.to("meta"))
+    with torch.no_grad():
+        sampler.make_buffers(6, prompts.input_ids.shape[1])
+        hidden = sampler.read(prompts.to("meta"), group_size=2)
+        sampler.draw(hidden)
+        assert sampler.step().shape == (6, model.config.text_config.vocab_size)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(sampler.finished.all())
 
 
 def test_trying_a_step_leaves_no_trace(model, prompts):

@@ -20,6 +20,7 @@ from policy import Prompts
 from scoring import (
     ChunkedLogprobs,
     activation_bytes,
+    completion_logprobs,
     layers_to_checkpoint,
     pack,
 )
@@ -125,6 +126,26 @@ def test_a_model_that_would_not_know_the_packing_is_refused(model, prompts):
     ids, mask = random_completions(prompts)
     with pytest.raises(RuntimeError, match="use_own_attention"):
         scored(stock(model), prompts, ids, mask)
+
+
+@pytest.mark.parametrize("checkpoint_layers", [0, 2])
+def test_scoring_waits_for_nothing(model, prompts, checkpoint_layers):
+    """On the meta device tensors have no values: whatever asks for one raises."""
+    ids, mask = random_completions(prompts)
+    lengths = mask.sum(1).tolist()
+    logprobs, _ = completion_logprobs(
+        model.to("meta"),
+        prompts.to("meta"),
+        ids.to("meta"),
+        lengths,
+        temperature=1.0,
+        checkpoint_layers=checkpoint_layers,
+    )
+    logprobs.sum().backward()
+    assert all(parameter.grad.device.type == "meta" for parameter in model.parameters())
+    for read in (torch.Tensor.item, torch.Tensor.nonzero):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read(logprobs[0, 0])
 
 
 def test_packing_by_hand():

@@ -1,0 +1,478 @@
+"""Checks and times every fast path at the true shape of Qwen2.5-VL-7B, with random weights.
+
+    python benchmarks/gpu.py                 # on a GPU with 139 GiB: about 6 minutes
+    python benchmarks/gpu.py --device cpu    # the same code at toy size, in seconds: no numbers
+
+The work of a step: 4 plots of 224 x 224 pixels, 8 completions each, 150 tokens on average and 250
+at most. Floors are those of one H200 (4.3 TB/s read, 790 TFLOP/s bf16), reached if nothing but the
+weights had to be read and nothing but the matrix products computed.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import optimi
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fastpath
+from attention import check_suffix_attention, lower_right, one_token_attention, suffix_attention
+from fastpath import check_matmul, matmul_fp32, relative_difference
+from grpo import Rollout, score_reference, update
+from policy import GIB, Prompts, embed_prompts, use_own_attention
+from runlog import Stopwatch
+from sampling import Completions, Sampler, make_generator
+from scoring import completion_logprobs
+
+FLOORS_MS = {  # one H200, the step of the docstring
+    "prompts read, decoding": 29 + 880,
+    "reference": 116,
+    "policy, log-probs, clip, optimizer": 439 + 27 + 46,
+    "7. (of which the optimizer)": 46,
+}
+FLOOR_MS_A_TOKEN = 3.52
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape and a step's."""
+
+    config: Qwen2_5_VLConfig
+    text_tokens: int  # of a prompt, beside 64 image tokens
+    longest: int  # completion tokens
+    mean: int
+    limit: int  # --max-new-tokens
+    prompts: int = 4
+    group_size: int = 8
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.prompts * self.group_size
+
+
+def true_shape() -> Shape:
+    """Return Qwen2.5-VL-7B and the default step."""
+    text = {
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    return Shape(Qwen2_5_VLConfig(text_config=text, vision_config=vision), 350, 250, 150, 512)
+
+
+def toy_shape() -> Shape:
+    """Return a shape that a CPU computes in seconds."""
+    text = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 3, 3],
+        },
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+    }
+    ids = {"image_token_id": 511, "video_token_id": 510, "vision_start_token_id": 509}
+    ids |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    config = Qwen2_5_VLConfig(text_config=text | ids, vision_config=vision, **ids)
+    return Shape(config, 20, 10, 6, 16)
+
+
+class Bench:
+    """A random model of some shape, its prompts, and how things are timed on its device."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.shape, self.device = shape, torch.device(device)
+        torch.manual_seed(0)
+        with self.device:
+            self.model = Qwen2_5_VLForConditionalGeneration._from_config(
+                shape.config, dtype=torch.bfloat16
+            ).eval()
+        self.model.generation_config.eos_token_id = []  # completions as long as they are asked for
+        use_own_attention(self.model)
+        self.prompts = self.make_prompts()
+        self.lengths = self.make_lengths()
+
+    def make_prompts(self) -> Prompts:
+        """Return prompts of random words around one image of 16 x 16 patches."""
+        shape, image = self.shape, self.shape.config.image_token_id
+        ids = torch.randint(10, 500, (shape.prompts, shape.text_tokens + 64))
+        ids[:, 8:72] = image
+        patches = torch.randn(shape.prompts, 256, 1176, dtype=torch.bfloat16)
+        grid = torch.tensor([[1, 16, 16]] * shape.prompts)
+        return Prompts(ids, patches, (ids == image).long(), grid).to(self.device)
+
+    def make_lengths(self) -> list[int]:
+        """Return ragged lengths with the shape's mean and maximum."""
+        shape = self.shape
+        low = 2 * shape.mean - shape.longest
+        spread = torch.linspace(low, shape.longest, shape.rows).long().tolist()
+        return [spread[(11 * row) % shape.rows] for row in range(shape.rows)]
+
+    def milliseconds(self, work: Callable[[], object], repeats: int = 5) -> float:
+        """Return the median time of some work, after two runs to warm up."""
+        times = []
+        for _ in range(repeats + 2):
+            self.synchronize()
+            start = time.perf_counter()
+            work()
+            self.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times[2:])
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def floor(self, milliseconds: float) -> float | str:
+        """Return a floor where it applies: at the true shape, on a GPU."""
+        return milliseconds if self.device.type == "cuda" else "-"
+
+    def peak_gib(self) -> float:
+        """Return the most memory that tensors have had since the last call; nan on a CPU."""
+        if self.device.type != "cuda":
+            return float("nan")
+        peak = torch.cuda.max_memory_allocated() / GIB
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+def row(*cells) -> None:
+    """Print one row of a table."""
+    texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+    print("| " + " | ".join(texts) + " |", flush=True)
+
+
+def heading(*cells: str) -> None:
+    """Print the head of a table."""
+    print()
+    row(*cells)
+    row(*["---"] * len(cells))
+
+
+# --- the pieces -------------------------------------------------------------------------
+
+
+def check_attention(bench: Bench) -> None:
+    """1. The packed pass's flash form against a mask: difference, forward and backward; times."""
+    shape, text = bench.shape, bench.shape.config.text_config
+    size = text.hidden_size // text.num_attention_heads
+    slots = shape.text_tokens + 64 + shape.longest
+    options = {"device": bench.device, "dtype": torch.bfloat16, "requires_grad": True}
+    query = torch.randn(shape.rows, text.num_attention_heads, shape.longest, size, **options)
+    key, value = (
+        torch.randn(shape.rows, text.num_key_value_heads, slots, size, **options) for _ in range(2)
+    )
+    visible = lower_right(shape.longest, slots, device=bench.device)
+    name = "flash attention behind shared prompts"
+    heading("1. attention of completions", "relative difference", "forward + backward, ms")
+    for form in ("flash", "mask"):
+        difference = check_suffix_attention(query, key) if form == "flash" else 0.0
+        fastpath.VERDICTS[name] = form == "flash"
+
+        def work() -> None:
+            out = suffix_attention(query, key, value, visible, size**-0.5)
+            torch.autograd.grad(out.sum(), (query, key, value))
+
+        row(form, difference, bench.milliseconds(work))
+    del fastpath.VERDICTS[name]
+
+
+def check_decode_attention(bench: Bench) -> None:
+    """2. Attention of one token: SDPA with a mask against matmul and softmax."""
+    shape, text = bench.shape, bench.shape.config.text_config
+    size = text.hidden_size // text.num_attention_heads
+    slots = -(-(shape.text_tokens + 64 + shape.limit) // 8) * 8
+    options = {"device": bench.device, "dtype": torch.bfloat16}
+    query = torch.randn(shape.rows, text.num_attention_heads, 1, size, **options)
+    key, value = (
+        torch.randn(shape.rows, text.num_key_value_heads, slots, size, **options) for _ in range(2)
+    )
+    mask = torch.zeros(1, 1, 1, slots, **options)
+    mask[..., shape.text_tokens + 64 + shape.mean :] = -torch.inf
+
+    def by_hand() -> Tensor:
+        as_tokens = query.reshape(len(query), key.shape[1], -1, size)
+        scores = as_tokens @ key.transpose(-1, -2) * size**-0.5 + mask
+        return (scores.float().softmax(-1).to(value.dtype) @ value).reshape(len(query), 1, -1, size)
+
+    def sdpa() -> Tensor:
+        return one_token_attention(query, key, value, mask, size**-0.5)
+
+    heading("2. attention of one token", "relative difference", "ms a layer")
+    exact = by_hand()
+    for name, form in (("SDPA", sdpa), ("matmul, softmax", by_hand)):
+        row(name, relative_difference(form(), exact), bench.milliseconds(form, 20))
+
+
+def check_decoding(bench: Bench) -> None:
+    """3. A decoding step: plain, compiled, recorded. 4. Sampling from a recorded step."""
+    shape = bench.shape
+    heading("3. decoding step, all rows", "first call, s", "ms a token", "floor, ms")
+    forms = {"plain": (False, False), "recorded": (False, True), "compiled, recorded": (True, True)}
+    for name, (compiled, recorded) in forms.items():
+        fastpath.VERDICTS.pop("a CUDA graph of the decoding step", None)
+        fastpath.VERDICTS.pop("torch.compile of the decoder layers", None)
+        if not compiled:
+            fastpath.VERDICTS["torch.compile of the decoder layers"] = False
+        if not recorded:
+            fastpath.VERDICTS["a CUDA graph of the decoding step"] = False
+        sampler = Sampler(bench.model, max_new_tokens=shape.limit, pad_id=0)
+        start = time.perf_counter()
+        sampler.generate(bench.prompts, group_size=shape.group_size, temperature=1.0)
+        bench.synchronize()
+        first_call = time.perf_counter() - start
+
+        def steps(sampler: Sampler = sampler) -> None:
+            sampler.drawn.fill_(1)
+            sampler.next_slot.fill_(shape.text_tokens + 64)
+            with torch.no_grad():
+                for _ in range(shape.limit // 2):
+                    sampler.make_noise(1.0, None)
+                    sampler.advance()
+
+        row(name, first_call, bench.milliseconds(steps, 3) / (shape.limit // 2),
+            bench.floor(FLOOR_MS_A_TOKEN))  # fmt: skip
+        if not recorded:
+            continue
+        ids = [draw(bench, sampler, seed).ids for seed in (1, 1, 2)]
+        distinct = len({tuple(line) for line in ids[0].tolist()})
+        print(
+            f"4. {name}: the same seed repeats: {torch.equal(ids[0], ids[1])}, another differs: "
+            f"{not torch.equal(ids[0], ids[2])}, distinct rows: {distinct} of {shape.rows}"
+        )
+    print({name: verdict for name, verdict in fastpath.VERDICTS.items() if "step" in name})
+
+
+def draw(bench: Bench, sampler: Sampler, seed: int) -> Completions:
+    """Return one rollout's completions."""
+    generator = make_generator(str(bench.device), seed)
+    return sampler.generate(
+        bench.prompts,
+        group_size=bench.shape.group_size,
+        temperature=1.0,
+        generator=generator,
+    )
+
+
+def check_products(bench: Bench) -> None:
+    """5. Logits in fp32 of bf16 states and weights."""
+    weight = bench.model.lm_head.weight
+    states = torch.randn(bench.shape.rows, weight.shape[1], device=bench.device).bfloat16()
+    heading("5. logits of one token in all rows", "relative difference", "ms")
+    if bench.device.type == "cuda":
+        row("fp32 output", check_matmul(bench.device, torch.bfloat16), 0.0)
+    slow = states.float() @ weight.float().T
+    row("matmul_fp32", relative_difference(matmul_fp32(states, weight.T), slow),
+        bench.milliseconds(lambda: matmul_fp32(states, weight.T), 20))  # fmt: skip
+    row("fp32 copies", 0.0, bench.milliseconds(lambda: states.float() @ weight.float().T, 20))
+
+
+def check_vision(bench: Bench) -> None:
+    """Images, embeddings and positions of all prompts, as every pass begins."""
+    heading("images and embeddings", "ms")
+    with torch.no_grad():
+        row("no gradient", bench.milliseconds(lambda: embed_prompts(bench.model, bench.prompts)))
+
+
+def check_norms(bench: Bench) -> None:
+    """6. The packed pass with transformers' RMSNorm and with torch's fused one."""
+    stock = Qwen2_5_VLRMSNorm.forward
+
+    def fused(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.variance_epsilon)
+
+    layers = len(bench.model.model.language_model.layers)
+    heading(
+        "6. packed pass", "layers checkpointed", "without gradient, ms", "with, ms", "peak, GiB"
+    )
+    for name, forward in (("stock RMSNorm", stock), ("fused RMSNorm", fused)):
+        Qwen2_5_VLRMSNorm.forward = forward
+        for checkpointed in (layers, layers // 2):
+            bench.peak_gib()
+
+            def with_gradient(n: int = checkpointed) -> None:
+                scores(bench, bench.lengths, checkpoint_layers=n).sum().backward()
+                bench.model.zero_grad()
+
+            with torch.no_grad():
+                without = bench.milliseconds(lambda: scores(bench, bench.lengths), 3)
+            row(name, checkpointed, without, bench.milliseconds(with_gradient, 3), bench.peak_gib())
+    Qwen2_5_VLRMSNorm.forward = stock
+
+
+def scores(bench: Bench, lengths: list[int], **options) -> Tensor:
+    """Return log-probs of random completions of these lengths."""
+    ids = torch.randint(10, 500, (len(lengths), max(lengths)), device=bench.device)
+    return completion_logprobs(
+        bench.model, bench.prompts, ids, lengths, temperature=1.0, **options
+    )[0]
+
+
+def check_longest(bench: Bench) -> None:
+    """8. Memory when every completion runs into the limit."""
+    bench.peak_gib()
+    tokens = bench.prompts.input_ids.numel() + bench.shape.rows * bench.shape.limit
+    start = time.perf_counter()
+    scores(bench, [bench.shape.limit] * bench.shape.rows).sum().backward()
+    bench.synchronize()
+    heading("8. packed tokens, all completions at the limit", "s", "peak, GiB")
+    row(tokens, time.perf_counter() - start, bench.peak_gib())
+
+
+# --- a whole step -----------------------------------------------------------------------
+
+
+def whole_step(bench: Bench) -> None:
+    """A step as main.py takes it: phases beside their floors, and peak memory. Also 7."""
+    shape, policy = bench.shape, bench.model
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = TimedOptimizer(policy, bench)
+    sampler = Sampler(policy, max_new_tokens=shape.longest, pad_id=0)
+    all_phases = []
+    for number in range(5):
+        if number == 2:
+            bench.peak_gib()  # the first steps also compile, record and check
+        watch = Stopwatch(bench.synchronize)
+        completions = draw(bench, sampler, number)
+        watch.lap("prompts read, decoding")
+        rollout = score_reference(
+            reference, make_rollout(bench, completions), micro_batch=4, temperature=1.0
+        )
+        watch.lap("reference")
+        stats = update(
+            policy, optimizer, rollout, loss="grpo", inner_epochs=1, micro_batch=4,
+            checkpoint_layers=None, temperature=1.0, beta=0.05, clip_eps=0.2, clip_eps_high=0.2,
+            max_grad_norm=1.0, max_new_tokens=shape.limit,
+        )  # fmt: skip
+        watch.lap("policy, log-probs, clip, optimizer")
+        all_phases.append({**watch.seconds, "7. (of which the optimizer)": optimizer.seconds})
+    heading("whole step", "ms, median of the last 3", "floor, ms")
+    median = {
+        name: 1e3 * statistics.median(phases[name] for phases in all_phases[2:])
+        for name in all_phases[0]
+    }
+    for name, milliseconds in median.items():
+        row(name, milliseconds, bench.floor(FLOORS_MS[name]))
+    whole = sum(milliseconds for name, milliseconds in median.items() if "(" not in name)
+    row("sum", whole, bench.floor(sum(ms for name, ms in FLOORS_MS.items() if "(" not in name)))
+    tokens = sum(bench.lengths)
+    print(f"\npeak {bench.peak_gib():.1f} GiB, {1e3 * tokens / whole:.0f} completion tokens/s,")
+    print(f"sampler and scorer differ by {stats['sampler_gap_mean']:.4f} per token on average")
+
+
+class TimedOptimizer(optimi.AdamW):
+    """The optimizer of main.py; knows the seconds of its last step."""
+
+    def __init__(self, policy, bench: Bench) -> None:
+        super().__init__(policy.parameters(), lr=1e-6, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
+        self.bench, self.seconds = bench, 0.0
+
+    def step(self) -> None:
+        """Take the step and time it."""
+        watch = Stopwatch(self.bench.synchronize)
+        super().step()
+        watch.lap("step")
+        self.seconds = watch.seconds["step"]
+
+
+def make_rollout(bench: Bench, completions: Completions) -> Rollout:
+    """Return a rollout of the sampled tokens, cut to the ragged lengths, with random rewards."""
+    shape = bench.shape
+    lengths = torch.tensor(bench.lengths, device=bench.device)
+    mask = torch.arange(shape.longest, device=bench.device) < lengths[:, None]
+    return Rollout(
+        prompts=bench.prompts,
+        completion_ids=completions.ids.masked_fill(~mask, 0),
+        completion_mask=mask,
+        lengths=bench.lengths,
+        sampled_logprobs=completions.logprobs * mask,
+        truncated=completions.truncated,
+        texts=[""] * shape.rows,
+        rewards=[SimpleNamespace(total=0.0)] * shape.rows,
+        advantages=torch.randn(shape.prompts, shape.group_size, device=bench.device),
+    )
+
+
+CHECKS = {
+    "attention": check_attention,
+    "decode-attention": check_decode_attention,
+    "decoding": check_decoding,
+    "products": check_products,
+    "vision": check_vision,
+    "norms": check_norms,
+    "longest": check_longest,
+    "step": whole_step,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the checks that are asked for, each as a table."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args(arguments)
+    if unknown := set(args.checks) - CHECKS.keys():
+        parser.error(f"{', '.join(unknown)}: must be of {', '.join(CHECKS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA GPU was found; --device cpu runs the same code at toy size")
+    bench = Bench(true_shape() if args.device == "cuda" else toy_shape(), args.device)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, toy size: no numbers"
+    count = sum(parameter.numel() for parameter in bench.model.parameters())
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{count / 1e9:.2f} billion parameters, P = {bench.prompts.input_ids.shape[1]}, "
+          f"completion tokens {sum(bench.lengths)}, longest {max(bench.lengths)}")  # fmt: skip
+    for check in args.checks or CHECKS:
+        CHECKS[check](bench)
+        bench.model.zero_grad()
+        fastpath.VERDICTS.clear()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""benchmarks/: that they run, at toy size. What they measure is no matter of a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu():
+    text = run("benchmarks/gpu.py", "--device", "cpu")
+    for number in range(1, 9):
+        assert f"{number}. " in text
+    assert "toy size: no numbers" in text
+    assert "the same seed repeats: True, another differs: True" in text
+
+
+def test_the_step_benchmark_measures_this_trainer():
+    text = run("benchmarks/step.py", "--trainers", "own", "--steps", "2", "--rounds", "1")
+    assert "| this trainer | " in text
+
+
+def test_the_naive_peer_runs():
+    (line,) = run("benchmarks/peers.py", "naive", "--steps", "1").splitlines()
+    step = json.loads(line)
+    assert step["completion_tokens"] > 64
+    assert step["prompt_tokens"] == 104
