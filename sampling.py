@@ -111,11 +111,13 @@ class Sampler:
         head_size = config.hidden_size // config.num_attention_heads
         cache_shape = (rows, config.num_key_value_heads, slots, head_size)
         with torch.device(weight.device):
-            self.stops = torch.tensor(stop_ids(self.model))
+            self.stops = torch.tensor(stop_ids(self.model), dtype=torch.long)
             self.drawn = torch.zeros(1, dtype=torch.long)  # tokens per row so far
             self.next_slot = torch.zeros(1, dtype=torch.long)
             self.mask = torch.zeros(1, 1, 1, slots, dtype=weight.dtype)  # 0 seen, -inf hidden
-            self.position = torch.zeros(rows, 1, dtype=torch.long)  # of the next token
+            self.rope = torch.zeros(  # cosines and sines of the completion's positions
+                2, rows, self.max_new_tokens, head_size, dtype=weight.dtype
+            )
             self.finished = torch.zeros(rows, 1, dtype=torch.bool)
             self.ids = torch.zeros(rows, self.max_new_tokens, dtype=torch.long)
             accurate = torch.promote_types(weight.dtype, torch.float32)
@@ -136,7 +138,9 @@ class Sampler:
         self.drawn.zero_()
         self.next_slot.fill_(embeds.shape[1])
         self.mask.fill_(-torch.inf)[..., : embeds.shape[1]] = 0
-        self.position.copy_(first.repeat_interleave(group_size, 0))
+        ahead = first + torch.arange(self.max_new_tokens, device=first.device)  # (Q, tokens)
+        ahead = ahead.repeat_interleave(group_size, 0).expand(3, -1, -1)  # time = height = width
+        torch.stack(self.language_model.rotary_emb(embeds, ahead), out=self.rope)
         self.finished.zero_()
         self.ids.fill_(self.pad_id)
         self.logprobs.zero_()
@@ -161,11 +165,10 @@ class Sampler:
         latest = self.ids.index_select(1, self.drawn - 1)  # (B, 1)
         self.mask.index_fill_(-1, self.next_slot, 0)
         hidden = self.language_model.embed_tokens(latest)
-        rope = self.language_model.rotary_emb(hidden, self.position.expand(3, -1, -1))
+        rope = self.rope.index_select(2, self.drawn - 1).unbind()
         for layer, cache in zip(self.language_model.layers, self.caches, strict=True):
             hidden = self.run_layer(layer, hidden, rope, self.mask, cache)
         self.next_slot += 1
-        self.position += 1
         return self.draw(self.language_model.norm(hidden)[:, 0])
 
     def draw(self, hidden: Tensor) -> Tensor:
@@ -231,7 +234,6 @@ class Sampler:
         self.drawn.fill_(1)  # as if a first token, the padding, had been drawn
         logits = advance().clone()
         self.next_slot -= 1
-        self.position -= 1
         self.finished.zero_()
         return logits
 
