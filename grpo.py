@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from policy import Prompts, stop_ids
+from policy import Prompts, send, stop_ids
 from sampling import Sampler, completion_texts
 from scoring import completion_logprobs
 
@@ -94,7 +94,8 @@ def collect_rollout(
     )
     texts = completion_texts(processor, completions, stop_ids(sampler.model))
     rewards = [reward_fn(text, row // group_size) for row, text in enumerate(texts)]
-    totals = torch.tensor([reward.total for reward in rewards], device=completions.ids.device)
+    totals = torch.tensor([reward.total for reward in rewards])
+    totals = send(totals, completions.ids.device).view(-1, group_size)
     return Rollout(
         prompts=prompts,
         completion_ids=completions.ids,
@@ -104,7 +105,7 @@ def collect_rollout(
         truncated=completions.truncated,
         texts=texts,
         rewards=rewards,
-        advantages=group_advantages(totals.view(-1, group_size), divide_by_std=divide_by_std),
+        advantages=group_advantages(totals, divide_by_std=divide_by_std),
     )
 
 

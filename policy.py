@@ -208,8 +208,8 @@ def stop_ids(model) -> list[int]:
 class Prompts:
     """Model inputs of Q prompts with one image each; `prompts[a:b]` are some of them.
 
-    The last two describe the layout and stay on the host: all indices are made of them, and no
-    host ever waits for a device to know where an image stands.
+    The last two describe the layout and stay on the host, where all indices are made of them: the
+    host never waits for the device to learn where an image stands.
     """
 
     input_ids: Tensor  # (Q, P)
@@ -229,11 +229,11 @@ class Prompts:
         )
 
     def to(self, device: str) -> "Prompts":
-        """Return the prompts with what the model computes on moved there; no wait if pinned."""
+        """Return the prompts with what the model computes on moved there."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            pixel_values=self.pixel_values.to(device, non_blocking=True),
+            input_ids=send(self.input_ids, device),
+            pixel_values=send(self.pixel_values, device),
         )
 
     def pin_memory(self) -> "Prompts":
@@ -287,6 +287,11 @@ def user_turn(image: Image.Image, prompt: str) -> dict:
     return {"role": "user", "content": content}
 
 
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on the device. The host does not wait for what is queued there."""
+    return tensor.to(device, non_blocking=True)
+
+
 def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     """Return embeddings (Q, P, hidden), positions (3, Q, P), first completion positions (Q, 1).
 
@@ -299,12 +304,13 @@ def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
         prompts.pixel_values.flatten(0, 1), grid, **vision_layout(core.visual, grid)
     )
     visual = torch.cat(list(images.pooler_output)).to(embeds.dtype)  # (visual tokens, hidden)
-    places = (types == IMAGE_TYPE).flatten().nonzero()[:, 0].to(embeds.device)
+    places = (types == IMAGE_TYPE).flatten().nonzero()[:, 0]
+    places = send(places, embeds.device)
     embeds = embeds.flatten(0, 1).index_copy(0, places, visual).view_as(embeds)
     # of the ids only the shape matters here: an image stands where the types say so
     positions, delta = core.get_rope_index(torch.zeros_like(types), types, image_grid_thw=grid)
     first = types.shape[1] + delta
-    return embeds, positions.to(embeds.device), first.to(embeds.device)
+    return embeds, send(positions, embeds.device), send(first, embeds.device)
 
 
 def vision_layout(visual, grid: Tensor) -> dict[str, object]:
@@ -319,8 +325,8 @@ def vision_layout(visual, grid: Tensor) -> dict[str, object]:
     )
     positions = get_vision_position_ids(grid, config.spatial_merge_size)
     layout = {
-        "position_ids": positions.to(visual.device),
-        "window_index": window_index.to(visual.device),
+        "position_ids": send(positions, visual.device),
+        "window_index": send(window_index, visual.device),
         "cu_window_seqlens": borders,  # borders are read by the host, and so stay there
         "cu_seqlens": get_vision_cu_seqlens(grid),
     }

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import IMPLEMENTATION, Packing, lower_right
 from fastpath import matmul_fp32
-from policy import Prompts, embed_prompts, free_memory
+from policy import Prompts, embed_prompts, free_memory, send
 
 CHUNK = 1024  # completion tokens whose logits over the vocabulary are in memory at once
 HEADROOM = 0.15  # of the memory: left free when layers to checkpoint are chosen
@@ -80,10 +80,10 @@ def pack(
         prompt_length=prompt_length,
         group_size=rows // prompts,
         longest=longest,
-        cells=cells.to(device),
+        cells=send(cells, device),
         visible=lower_right(longest, prompt_length + longest, device=device),
     )
-    return packing, predictors.to(device)
+    return packing, send(predictors, device)
 
 
 def run_packed(
