@@ -67,7 +67,8 @@ class Sampler:
     def __init__(self, model, *, max_new_tokens: int, pad_id: int) -> None:
         self.model, self.language_model = model, model.model.language_model
         self.max_new_tokens, self.pad_id = max_new_tokens, pad_id
-        self.run_layer = call_layer
+        self.run_layer: Callable[..., Tensor] = call_layer
+        self.advance: Callable[[], Tensor] = self.step
         self.shape: tuple[int, int] | None = None  # rows and prompt length the buffers are for
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class Sampler:
         shape = (len(prompts) * group_size, prompts.input_ids.shape[1])
         if shape != self.shape:
             self.make_buffers(*shape)
-            self.read(prompts, group_size)
+            self.read(prompts, group_size)  # fast forms are tried behind these prompts
             self.advance = self.fastest_step()
         self.temperature.fill_(temperature or 1.0)
         hidden = self.read(prompts, group_size)
@@ -206,7 +207,7 @@ class Sampler:
 
     def fastest_step(self) -> Callable[[], Tensor]:
         """Return `step`; on a GPU compiled and recorded, where that gives the same logits."""
-        if self.model.device.type != "cuda":
+        if self.model.device.type != "cuda" or self.max_new_tokens == 1:  # nothing to step to
             return self.step
         if trusted("torch.compile of the decoder layers", self.check_compiled):
             self.run_layer = compile_layer()

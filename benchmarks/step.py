@@ -41,14 +41,19 @@ TRAINERS = {
 PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
 
 
-def own_steps(task: Task, steps: int) -> Iterator[dict]:
-    """Yield what each step of this trainer took: main.train without its log and evaluations."""
+def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator[dict]:
+    """Yield what each step of this trainer took: main.train without its log and evaluations.
+
+    With `fixed_length` no token ends a completion.
+    """
     flags = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--steps", str(steps)]
     for name in ("model", "group_size", "max_new_tokens", "image_size", "beta", "lr", "seed"):
         flags += ["--" + name.replace("_", "-"), str(getattr(task, name))]
     flags += ["--prompts-per-step", str(task.prompts), "--micro-batch", str(task.prompts)]
     config = trainer.make_config(trainer.make_parser().parse_args(flags))
     loaded = load(config.model, device="cpu", dtype="float32", reference=config.beta > 0)
+    if fixed_length:
+        loaded.policy.generation_config.eos_token_id = []
     optimizer = trainer.make_optimizer(config, loaded.policy)
     sampler = trainer.make_sampler(config, loaded)
     batches = iter(trainer.make_batches(config, loaded.processor))
