@@ -158,6 +158,7 @@ def train(config: Config, loaded: Loaded, folder: Path) -> None:
     batches = iter(make_batches(config, processor))
     skipped_in_a_row = 0
     for step in (progress := tqdm(range(config.steps), unit="step", desc=folder.name)):
+        # host sync at every lap: a phase's seconds are those of its own device work
         watch = Stopwatch(torch.cuda.synchronize if config.device == "cuda" else lambda: None)
         set_learning_rate(optimizer, learning_rate(config, step))
 
@@ -301,7 +302,7 @@ def step_metrics(
         "lr": learning_rate(config, step),
         "completion_length_mean": statistics.fmean(lengths),
         "completion_length_max": max(lengths),
-        "truncated_share": rollout.truncated.float().mean().item(),
+        "truncated_share": rollout.truncated.float().mean().item(),  # host sync
         "no_spread_share": 1.0 - has_spread(totals).float().mean().item(),
         **seconds,
         "step_s": step_s,
@@ -356,7 +357,7 @@ def sample_of(config: Config, step: int, example: Example, rollout: Rollout) -> 
             {
                 "text": rollout.texts[row],
                 **dataclasses.asdict(rollout.rewards[row]),
-                "advantage": rollout.advantages[0, row].item(),
+                "advantage": rollout.advantages[0, row].item(),  # host sync
             }
             for row in first_group
         ],

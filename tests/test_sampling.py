@@ -1,11 +1,14 @@
 """sampling.py against transformers' generate, and against the scoring pass."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import make_prompts, scored, stock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import fastpath
 import sampling
 from policy import Prompts
 from sampling import Completions, Sampler, completion_texts, make_generator
@@ -269,24 +272,61 @@ def test_reading_prompts_and_decoding_wait_for_nothing(model, prompts):
         bool(sampler.finished.all())
 
 
-def test_trying_a_step_leaves_no_trace(model, prompts):
-    class TriedSampler(Sampler):
-        def fastest_step(self):
-            first, second = self.try_step(self.step), self.try_step(self.step)
-            assert torch.equal(first, second)
-            assert self.check_compiled() == 0.0
-            return self.step
+class Replayed:
+    """What `Recording` is on a GPU, without a GPU: calling it takes the step."""
 
-    torch._dynamo.reset()
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self):
+        return self.step()
+
+
+class Misreplayed(Replayed):
+    """A recording that holds on to something old."""
+
+    def __call__(self):
+        return self.step().roll(1, 0)
+
+
+def no_graphs(step):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def no_compiler():
+    raise RuntimeError("Failed to find C compiler")
+
+
+@pytest.mark.parametrize(
+    ("recording", "compiler", "kept", "warning"),
+    [
+        (Replayed, lambda: sampling.call_layer, "Replayed", None),
+        (Misreplayed, lambda: sampling.call_layer, "step", "a CUDA graph of the decoding step: it"),
+        (no_graphs, lambda: sampling.call_layer, "step", "step: RuntimeError: operation not"),
+        (Replayed, no_compiler, "Replayed", "layers: RuntimeError: Failed to find C compiler"),
+    ],
+)
+def test_on_a_gpu_the_step_is_as_fast_as_can_be_trusted(
+    model, prompts, monkeypatch, recording, compiler, kept, warning
+):
+    """A GPU is pretended, and what it might do; the completions are right in any case."""
     plain = sample(model, prompts)
-    compile_layer = sampling.compile_layer
-    sampling.compile_layer = lambda: sampling.call_layer
-    try:
-        tried = sample(model, prompts, kind=TriedSampler)
-    finally:
-        sampling.compile_layer = compile_layer
-    assert torch.equal(plain.ids, tried.ids)
-    assert torch.equal(plain.logprobs, tried.logprobs)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
+    monkeypatch.setattr(sampling, "Recording", recording)
+    monkeypatch.setattr(sampling, "compile_layer", compiler)
+    monkeypatch.setattr(fastpath, "VERDICTS", {})
+    sampler = make_sampler(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            generator = torch.Generator().manual_seed(0)
+            drawn = sampler.generate(prompts, group_size=2, temperature=0.7, generator=generator)
+            assert torch.equal(drawn.ids, plain.ids)
+            assert torch.equal(drawn.logprobs, plain.logprobs)
+    assert kept in (type(sampler.advance).__name__, getattr(sampler.advance, "__name__", ""))
+    texts = [str(each.message) for each in told if "slower without" in str(each.message)]
+    assert len(texts) == (warning is not None)
+    assert all(warning in text for text in texts)
 
 
 def test_one_compiled_graph_fits_all_layers(model, prompts, monkeypatch):
