@@ -47,6 +47,11 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of what `matmul_fp32` makes of this one: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def check_matmul(device: torch.device, dtype: torch.dtype) -> float:
     """Return how far the fp32-output product is off from that of fp32 copies."""
     a, b = torch.randn(2, 256, 256, device=device).to(dtype)

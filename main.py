@@ -179,13 +179,7 @@ def train(config: Config, loaded: Loaded, folder: Path) -> None:
                 reference, rollout, **pick(config, "micro_batch", "temperature")
             )
         watch.lap("reference_s")
-        stats = update(
-            policy,
-            optimizer,
-            rollout,
-            checkpoint_layers=config.layers_to_checkpoint,
-            **pick(config, *UPDATE_KNOBS),
-        )
+        stats = update(policy, optimizer, rollout, **update_knobs(config))
         if reference is not None and is_due(step, config.sync_reference_every):
             sync_reference(policy, reference, mix=config.reference_mix)
         watch.lap("update_s")
@@ -204,6 +198,11 @@ def train(config: Config, loaded: Loaded, folder: Path) -> None:
 def pick(config: Config, *names: str) -> dict:
     """Return some knobs as keyword arguments."""
     return {name: getattr(config, name) for name in names}
+
+
+def update_knobs(config: Config) -> dict:
+    """Return the knobs that `grpo.update` takes, as keyword arguments."""
+    return {"checkpoint_layers": config.layers_to_checkpoint, **pick(config, *UPDATE_KNOBS)}
 
 
 def make_optimizer(config: Config, policy) -> optimi.AdamW:

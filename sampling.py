@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpath import matmul_fp32, relative_difference, trusted
+from fastpath import at_least_fp32, matmul_fp32, relative_difference, trusted
 from policy import Prompts, embed_prompts, stop_ids
 
-FINISHED_CHECK_EVERY = {"cuda": 8}  # tokens between two looks at whether all rows have ended
+FINISHED_CHECK_EVERY = 8  # tokens: on a GPU, where the host must wait to see that all have ended
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Sampler:
         hidden = self.read(prompts, group_size)
         self.make_noise(temperature, generator)
         self.draw(hidden)
-        check_every = FINISHED_CHECK_EVERY.get(self.model.device.type, 1)
+        check_every = FINISHED_CHECK_EVERY if self.model.device.type == "cuda" else 1
         for drawn in range(1, self.max_new_tokens):
             if drawn % check_every == 0 and self.finished.all():  # host sync
                 break
@@ -121,7 +121,7 @@ class Sampler:
             )
             self.finished = torch.zeros(rows, 1, dtype=torch.bool)
             self.ids = torch.zeros(rows, self.max_new_tokens, dtype=torch.long)
-            accurate = torch.promote_types(weight.dtype, torch.float32)
+            accurate = at_least_fp32(weight.dtype)
             self.logprobs = torch.zeros(rows, self.max_new_tokens, dtype=accurate)
             self.noise = torch.zeros(rows, len(weight), dtype=accurate)
             self.temperature = torch.ones((), dtype=accurate)

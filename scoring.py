@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attention import IMPLEMENTATION, Packing, lower_right
-from fastpath import matmul_fp32
+from fastpath import at_least_fp32, matmul_fp32
 from policy import Prompts, embed_prompts, free_memory, send
 
 CHUNK = 1024  # completion tokens whose logits over the vocabulary are in memory at once
@@ -201,8 +201,3 @@ class ChunkedLogprobs(torch.autograd.Function):
         if for_weight:
             weight_gradient = weight_gradient.to(weight.dtype)
         return states_gradient, weight_gradient, None, None
-
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """Return fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)

@@ -1,6 +1,6 @@
 """Checks and times every fast path at the true shape of Qwen2.5-VL-7B, with random weights.
 
-    python benchmarks/gpu.py                 # on a GPU with 139 GiB: about 6 minutes
+    python benchmarks/gpu.py                 # on a GPU with 139 GiB
     python benchmarks/gpu.py --device cpu    # the same code at toy size, in seconds: no numbers
 
 The work of a step: 4 plots of 224 x 224 pixels, 8 completions each, 150 tokens on average and 250

@@ -1,6 +1,6 @@
 """Peak memory of scoring with gradients at the 7B model's widths, beside the naive pass, on a CPU.
 
-    python benchmarks/memory.py          # about 4 minutes on 2 cores, 12 GiB of RAM
+    python benchmarks/memory.py          # a few minutes on 2 cores
 
 One decoder layer and the vocabulary of the 7B model (hidden width 3584, 152,064 words, tied, fp32,
 random), one prompt of 414 tokens with G completions, 150 tokens on average and 250 at most. Each

@@ -1,7 +1,7 @@
 """Seconds of a training step of the tiny model on a CPU: this trainer beside two peers.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step.py                      # about 8 minutes on 2 cores, best run alone
+    python benchmarks/step.py                      # about 6 minutes on 2 cores, best run alone
     python benchmarks/step.py --trainers own       # only this trainer
 
 Every trainer runs in a process of its own, one after the other, in rounds; its number is the median
@@ -76,13 +76,7 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
                 loaded.reference, rollout, **trainer.pick(config, "micro_batch", "temperature")
             )
         watch.lap("reference_s")
-        update(
-            loaded.policy,
-            optimizer,
-            rollout,
-            checkpoint_layers=config.layers_to_checkpoint,
-            **trainer.pick(config, *trainer.UPDATE_KNOBS),
-        )
+        update(loaded.policy, optimizer, rollout, **trainer.update_knobs(config))
         watch.lap("update_s")
         yield {
             "step_s": sum(watch.seconds.values()),
