@@ -17,8 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from checkpoint import checkpoints_of
 from policy import ModelError, encode, load, place, stop_ids
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
+from runlog import RunError, read_description
 from sampling import Sampler, completion_texts, make_generator
 from shapes import KINDS, Shape, ShapeSpec, check_image_size, make_example
 
@@ -227,14 +229,17 @@ DEFAULTS = {  # for a model that comes without a run
 def settle(args: argparse.Namespace) -> str:
     """Fill in the flags that were left out, in place, and return the model to load.
 
-    Raises `ValueError` for a run without a final model, and for values out of range.
+    A run's is its final model, else that of its newest checkpoint. Raises `ValueError` for a run
+    without either, and for values out of range; `RunError` for a damaged config.json.
     """
     folder = Path(args.target)
     model, settings = args.target, DEFAULTS
     if (folder / "metrics.jsonl").exists():
-        if not (folder / "final").is_dir():
-            raise ValueError(f"{folder}: this run has no final/ model yet")
-        model, settings = str(folder / "final"), DEFAULTS | run_config(folder)
+        saved = [*checkpoints_of(folder), folder / "final"]
+        model = next((str(path) for path in reversed(saved) if path.is_dir()), None)
+        if model is None:
+            raise ValueError(f"{folder}: this run has neither final/ nor a checkpoint yet")
+        settings = DEFAULTS | read_description(folder)["config"]
     max_rotation_given = args.max_rotation is not None
     for name in DEFAULTS:
         if getattr(args, name) is None:
@@ -254,14 +259,6 @@ def settle(args: argparse.Namespace) -> str:
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: the folder does not exist")
     return model
-
-
-def run_config(folder: Path) -> dict:
-    """Return the knobs a run was started with. Raises `ValueError` if they cannot be read."""
-    try:
-        return json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: not readable: {error}") from error
 
 
 def report(answers: list[Answer], spec: ShapeSpec, args: argparse.Namespace) -> None:
@@ -295,7 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
             model, device=args.device, command_that_runs="python evaluate.py tiny"
         )
         loaded = load(model, device=device, dtype=dtype)
-    except (ValueError, ModelError) as error:
+    except (ValueError, ModelError, RunError) as error:
         parser.error(str(error))
     answers = evaluate(
         Sampler(

@@ -17,8 +17,10 @@ References:
     PPO      Schulman et al. 2017, arXiv:1707.06347 (the clipped ratio)
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +29,10 @@ from policy import Prompts, send, stop_ids
 from sampling import Sampler, completion_texts
 from scoring import completion_logprobs
 
+T = TypeVar("T")
 LOSSES = ("grpo", "dapo", "dr_grpo")
 STD_EPS = 1e-4  # added to the group's standard deviation
+ALL_LAYERS = 1_000_000  # to checkpoint: more than a model has
 MAX_LOG_RATIO = 20.0  # bound on a log-ratio before exp: e^20 is finite in fp32 and means "far off"
 
 
@@ -111,20 +115,26 @@ def collect_rollout(
 
 @torch.no_grad()
 def score_reference(
-    reference, rollout: Rollout, *, micro_batch: int, temperature: float
+    reference, rollout: Rollout, *, passes: "Passes", temperature: float
 ) -> Rollout:
     """Return the rollout with the log-probs of its tokens under the frozen reference."""
+    ref_logprobs = within_memory(
+        reference_logprobs, reference, rollout, passes=passes, temperature=temperature
+    )
+    return replace(rollout, ref_logprobs=ref_logprobs)
+
+
+def reference_logprobs(
+    reference, rollout: Rollout, *, passes: "Passes", temperature: float
+) -> Tensor:
+    """Return the log-probs (B, C) of a rollout's tokens."""
     scored = [
         completion_logprobs(
-            reference,
-            part.prompts,
-            part.completion_ids,
-            part.lengths,
-            temperature=temperature,
+            reference, part.prompts, part.completion_ids, part.lengths, temperature=temperature
         )[0]
-        for part in rollout.micro_batches(micro_batch)
+        for part in rollout.micro_batches(passes.micro_batch)
     ]
-    return replace(rollout, ref_logprobs=torch.cat(scored))
+    return torch.cat(scored)
 
 
 # --- advantages -------------------------------------------------------------------------
@@ -231,54 +241,94 @@ def grpo_loss(
 # --- update -----------------------------------------------------------------------------
 
 
+@dataclass
+class Passes:
+    """How a step is cut into passes of the model: for memory alone, the gradient stays the same."""
+
+    micro_batch: int  # prompts
+    checkpoint_layers: int | None = None  # None: as few as memory allows
+    shrunk: bool = False  # whether memory has run out before
+
+    def shrink(self) -> None:
+        """Ask for less memory from now on: half the prompts, every layer checkpointed."""
+        self.micro_batch = max(1, self.micro_batch // 2)
+        self.checkpoint_layers, self.shrunk = ALL_LAYERS, True
+
+
+def within_memory(work: Callable[..., T], *arguments, passes: Passes, **options) -> T:
+    """Return what `work` returns; if memory runs out, and has not before, in smaller passes.
+
+    The second attempt starts afresh: `work` may not have changed anything that it would change
+    again.
+    """
+    try:
+        return work(*arguments, passes=passes, **options)
+    except torch.OutOfMemoryError:
+        if passes.shrunk:
+            raise
+    passes.shrink()  # not in the handler: as long as it runs, its error keeps the failed pass alive
+    torch.cuda.empty_cache()
+    return work(*arguments, passes=passes, **options)
+
+
 def update(
     policy,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     *,
+    passes: Passes,
     loss: str,
     inner_epochs: int,
-    micro_batch: int,
-    checkpoint_layers: int | None,
     temperature: float,
     beta: float,
     clip_eps: float,
     clip_eps_high: float,
     max_grad_norm: float,
     max_new_tokens: int,
-) -> dict[str, float]:
+) -> dict[str, float | str]:
     """Take `inner_epochs` optimizer steps on one rollout and return the statistics of the last.
 
     Statistics are means over the step's completion tokens. The sampler's gap is taken in the
-    first epoch, while the policy is still the one that sampled. A step whose gradient is not
-    finite is not taken, and counted in `skipped`.
+    first epoch, while the policy is still the one that sampled. A step whose numbers are not all
+    finite is not taken: counted in `skipped`, and `not_finite` names what it was.
     """
     weights = token_weights(rollout.completion_mask, loss=loss, max_new_tokens=max_new_tokens)
-    skipped, first_stats = 0, {}
+    skipped, not_finite, first_stats = 0, "", {}
     for _ in range(inner_epochs):
-        logprobs, stats = backward(
+        logprobs, stats = within_memory(
+            backward,
             policy,
             rollout,
             weights,
-            micro_batch=micro_batch,
-            checkpoint_layers=checkpoint_layers,
+            passes=passes,
             temperature=temperature,
             beta=beta,
             clip_eps=clip_eps,
             clip_eps_high=clip_eps_high,
         )
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-        if torch.isfinite(grad_norm):  # host sync
-            optimizer.step()
+        if wrong := what_is_not_finite(rollout, loss=stats["loss"], gradient=grad_norm):
+            skipped, not_finite = skipped + 1, wrong
         else:
-            skipped += 1
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         first_stats = first_stats or stats
         if rollout.old_logprobs is None:
             rollout = replace(rollout, old_logprobs=logprobs)
     gap = {name: value for name, value in first_stats.items() if name.startswith("sampler_gap")}
     numbers = {name: float(value) for name, value in {**stats, **gap}.items()}  # host sync
-    return {**numbers, "grad_norm": float(grad_norm), "skipped": skipped}
+    numbers["grad_norm"] = float(grad_norm)
+    return {**numbers, "skipped": skipped, "not_finite": not_finite}
+
+
+def what_is_not_finite(rollout: Rollout, **numbers: Tensor) -> str:
+    """Return the names of what is nan or infinite, "" if all is well: rewards, and `numbers`.
+
+    Rewards are looked at themselves: a group with a nan among them would get advantages of 0.
+    """
+    wrong = [] if all(math.isfinite(reward.total) for reward in rollout.rewards) else ["reward"]
+    wrong += [name for name, number in numbers.items() if not number.isfinite()]  # host sync
+    return ", ".join(wrong)
 
 
 def backward(
@@ -286,13 +336,13 @@ def backward(
     rollout: Rollout,
     weights: Tensor,
     *,
-    micro_batch: int,
-    checkpoint_layers: int | None,
+    passes: Passes,
     temperature: float,
     **loss_options,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Accumulate a step's gradient; return its log-probs (B, C), detached, and statistics."""
-    parts = list(rollout.micro_batches(micro_batch))
+    """Make a step's gradient anew; return its log-probs (B, C), detached, and statistics."""
+    policy.zero_grad(set_to_none=True)
+    parts = list(rollout.micro_batches(passes.micro_batch))
     all_logprobs, all_stats = [], []
     for part, part_weights in zip(parts, weights.split([len(p.texts) for p in parts]), strict=True):
         logprobs, entropy = completion_logprobs(
@@ -301,7 +351,7 @@ def backward(
             part.completion_ids,
             part.lengths,
             temperature=temperature,
-            checkpoint_layers=checkpoint_layers,
+            checkpoint_layers=passes.checkpoint_layers,
         )
         loss, stats = grpo_loss(logprobs, part, part_weights, **loss_options)
         loss.backward()

@@ -4,6 +4,8 @@ python main.py                       # Qwen2.5-VL-7B-Instruct on one H200
 python main.py --preset tiny         # the bundled tiny model on a CPU, in minutes
 python main.py --rotate              # the task's variants
 python main.py --min-size 5 --max-size 35
+python main.py --dry-run             # check the flags, show what memory and disk it takes
+python main.py --resume runs/RUN     # go on where a run was stopped or killed
 """
 
 import argparse
@@ -12,8 +14,10 @@ import math
 import os
 import re
 import resource
+import shutil
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,9 +27,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import checkpoint
 from evaluate import evaluate, summarize
 from grpo import (
     LOSSES,
+    Passes,
     Rollout,
     collect_rollout,
     has_spread,
@@ -33,28 +39,47 @@ from grpo import (
     sync_reference,
     update,
 )
+from health import Health, StopSignal, Unhealthy, leave_signals_to_the_parent
+from memory import Work, estimate, table, what_would_fit
 from policy import (
     DTYPES,
     GIB,
+    LARGEST_ON_CPU,
     Loaded,
     ModelError,
     Prompts,
     encode,
+    free_memory,
     load,
+    parameter_count,
     place,
+    shape_config,
 )
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
-from runlog import RunLog, Stopwatch, free_folder
+from runlog import (
+    RunError,
+    RunLog,
+    Stopwatch,
+    free_folder,
+    new_run,
+    read_description,
+    read_lines,
+    resumed_run,
+)
 from sampling import Sampler, make_generator
 from shapes import Example, ShapeSpec, check_image_size, make_example
 
 # --- every knob, declared once ------------------------------------------------------------
 
 
-def knob(default, help: str, *, least=None, above=None, most=None, choices=None):
-    """Return a dataclass field that also knows its help text and what values it accepts."""
+def knob(default, help: str, *, least=None, above=None, most=None, choices=None, free=False):
+    """Return a dataclass field that also knows its help text and what values it accepts.
+
+    A `free` knob does not change what a run computes, or where it is at: it may be given another
+    value when the run is resumed.
+    """
     limits = {"least": least, "above": above, "most": most, "choices": choices}
-    return field(default=default, metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, "free": free, **limits})
 
 
 @dataclass(frozen=True)
@@ -66,7 +91,9 @@ class Config:
     device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = knob("auto", "auto: bfloat16 on cuda", choices=("auto", *DTYPES))
     checkpoint_layers: str = knob(
-        "auto", "layers recomputed in the backward pass, a number; auto: as few as memory allows"
+        "auto",
+        "layers recomputed in the backward pass, a number; auto: as few as memory allows",
+        free=True,
     )
     # task
     min_size: float = knob(20.0, "smallest dimension, grid units", above=0)
@@ -76,7 +103,7 @@ class Config:
     image_size: int = knob(224, "side of the picture, pixels, a multiple of 28", least=28)
     reasoning_tag: str = knob("reasoning", "tag asked for and rewarded", choices=REASONING_TAGS)
     # rollout
-    steps: int = knob(750, "rollouts, each followed by an update", least=1)
+    steps: int = knob(750, "rollouts, each followed by an update", least=1, free=True)
     prompts_per_step: int = knob(4, "plots per step", least=1)
     group_size: int = knob(8, "completions per plot, compared with each other", least=2)
     max_new_tokens: int = knob(512, "limit of a completion; longer ones are cut off", least=1)
@@ -100,13 +127,24 @@ class Config:
         0.0, "of AdamW; on bf16 weights lr * decay below 0.002 rounds to 0", least=0
     )
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", above=0)
-    micro_batch: int = knob(4, "prompts per backward pass; memory only, same gradient", least=1)
+    micro_batch: int = knob(
+        4, "prompts per backward pass; memory only, same gradient", least=1, free=True
+    )
     # run
     seed: int = knob(0, "of examples and samples", least=0)
-    workers: int = knob(1, "processes that draw and encode plots ahead; 0: none", least=0)
+    workers: int = knob(
+        1, "processes that draw and encode plots ahead; 0: none", least=0, most=256, free=True
+    )
     name: str = knob("", "run folder in --runs; empty: named after the preset or model")
     runs: str = knob("runs", "folder of all run folders")
-    log_every: int = knob(10, "steps between two lines on the terminal", least=1)
+    save_every: int = knob(
+        100, "steps between checkpoints; 0: only when the run is stopped", least=0, free=True
+    )
+    keep: int = knob(1, "checkpoints kept, the newest", least=1, free=True)
+    save_optimizer: bool = knob(
+        True, "in checkpoints: resuming needs it; without, they take a quarter", free=True
+    )
+    log_every: int = knob(10, "steps between two lines on the terminal", least=1, free=True)
     sample_every: int = knob(10, "steps between two entries of samples.jsonl", least=1)
     eval_every: int = knob(50, "steps between held-out evaluations; 0: none", least=0)
     eval_examples: int = knob(64, "held-out examples of an evaluation", least=1)
@@ -135,74 +173,135 @@ PRESETS = {
         "warmup_steps": 10,
         "micro_batch": 8,
         "workers": 0,
+        "save_every": 50,
     },
 }
-UPDATE_KNOBS = ("loss", "inner_epochs", "micro_batch", "temperature", "beta", "clip_eps")
-UPDATE_KNOBS += ("clip_eps_high", "max_grad_norm", "max_new_tokens")
+UPDATE_KNOBS = ("loss", "inner_epochs", "temperature", "beta", "clip_eps", "clip_eps_high")
+UPDATE_KNOBS += ("max_grad_norm", "max_new_tokens")
 ADAM_EPS = 1e-8  # the gradient of one of 8 billion weights is about 1e-5 after clipping
-# mean |log-prob sampled - scored| at the first step that still is rounding, in nats per token
-MAX_SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-MAX_SKIPPED = 5  # steps in a row without a finite gradient
 
 
 # --- training ---------------------------------------------------------------------------
 
 
-def train(config: Config, loaded: Loaded, folder: Path) -> None:
-    """Train the loaded policy in place, on `config.device`, and leave a run folder."""
-    policy, reference, processor = loaded.policy, loaded.reference, loaded.processor
-    optimizer = make_optimizer(config, policy)
+def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_done=0) -> None:
+    """Train the loaded policy in place, on `config.device`, and leave a run folder.
+
+    A run that is resumed brings its optimizer and the number of steps it has done. Ends in
+    `SystemExit` after Ctrl-C or SIGTERM, and raises `Unhealthy` for a run that should not go on.
+    """
+    optimizer = optimizer or make_optimizer(config, loaded.policy)
     sampler = make_sampler(config, loaded)
-    log = RunLog(folder, config=dataclasses.asdict(config), device=device_name(config.device))
-    evaluate_and_log(config, sampler, processor, log, steps_done=0)
-    batches = iter(make_batches(config, processor))
-    skipped_in_a_row = 0
-    for step in (progress := tqdm(range(config.steps), unit="step", desc=folder.name)):
-        # host sync at every lap: a phase's seconds are those of its own device work
-        watch = Stopwatch(torch.cuda.synchronize if config.device == "cuda" else lambda: None)
-        set_learning_rate(optimizer, learning_rate(config, step))
-
-        examples, prompts = next(batches)
-        watch.lap("prompts_s")
-        rollout = collect_rollout(
-            sampler,
-            processor,
-            prompts.to(config.device),
-            partial(judge, config, examples),
-            **pick(config, "group_size", "temperature"),
-            divide_by_std=config.loss != "dr_grpo",
-            generator=make_generator(config.device, config.seed, step),
+    passes = Passes(config.micro_batch, config.layers_to_checkpoint)
+    health = Health(loaded.policy.dtype, read_lines(log.folder / "metrics.jsonl"))
+    with StopSignal() as stop:
+        if steps_done == 0:
+            evaluate_and_log(config, sampler, loaded.processor, log, steps_done=0)
+        batches = iter(make_batches(config, loaded.processor, first_step=steps_done))
+        steps = range(steps_done, config.steps)
+        progress = tqdm(
+            steps, unit="step", desc=log.folder.name, initial=steps_done, total=config.steps
         )
-        watch.lap("rollout_s")
-        if reference is not None:
-            rollout = score_reference(
-                reference, rollout, **pick(config, "micro_batch", "temperature")
+        for step in progress:
+            examples, rollout, metrics = take_step(
+                config, step, batches, sampler, loaded, optimizer, passes
             )
-        watch.lap("reference_s")
-        stats = update(policy, optimizer, rollout, **update_knobs(config))
-        if reference is not None and is_due(step, config.sync_reference_every):
-            sync_reference(policy, reference, mix=config.reference_mix)
-        watch.lap("update_s")
+            log_step(config, log, progress, metrics, examples, rollout)
+            for warning in health.check(metrics):
+                tqdm.write(warning)
+            is_last = step + 1 == config.steps
+            if is_due(step, config.eval_every) or is_last:
+                evaluate_and_log(config, sampler, loaded.processor, log, steps_done=step + 1)
+            if is_due(step, config.save_every) or is_last or stop.number:
+                save_checkpoint(config, log, loaded, optimizer, steps_done=step + 1)
+            if stop.number and not is_last:
+                leave(log, stop.number)
+    checkpoint.save_final(log.folder, loaded)
 
-        metrics = step_metrics(config, step, rollout, stats, watch.seconds)
-        log_step(config, log, progress, metrics, examples, rollout)
-        check_sampler_gap(metrics, policy.dtype)
-        skipped_in_a_row = check_skipped(metrics, skipped_in_a_row)
-        if is_due(step, config.eval_every) or step + 1 == config.steps:
-            evaluate_and_log(config, sampler, processor, log, steps_done=step + 1)
-    policy.save_pretrained(folder / "final")
-    processor.save_pretrained(folder / "final")
+
+def take_step(
+    config: Config,
+    step: int,
+    batches: Iterator[tuple[list[Example], Prompts]],
+    sampler: Sampler,
+    loaded: Loaded,
+    optimizer: torch.optim.Optimizer,
+    passes: Passes,
+) -> tuple[list[Example], Rollout, dict[str, float | str]]:
+    """Roll out the next prompts, score, update; return examples, rollout and the step's metrics."""
+    # host sync at every lap: a phase's seconds are those of its own device work
+    watch = Stopwatch(torch.cuda.synchronize if config.device == "cuda" else lambda: None)
+    set_learning_rate(optimizer, learning_rate(config, step))
+
+    examples, prompts = next(batches)
+    watch.lap("prompts_s")
+    rollout = collect_rollout(
+        sampler,
+        loaded.processor,
+        prompts.to(config.device),
+        partial(judge, config, examples),
+        **pick(config, "group_size", "temperature"),
+        divide_by_std=config.loss != "dr_grpo",
+        generator=make_generator(config.device, config.seed, step),
+    )
+    watch.lap("rollout_s")
+    if loaded.reference is not None:
+        rollout = score_reference(
+            loaded.reference, rollout, passes=passes, temperature=config.temperature
+        )
+    watch.lap("reference_s")
+    stats = update(loaded.policy, optimizer, rollout, passes=passes, **pick(config, *UPDATE_KNOBS))
+    if loaded.reference is not None and is_due(step, config.sync_reference_every):
+        sync_reference(loaded.policy, loaded.reference, mix=config.reference_mix)
+    watch.lap("update_s")
+    stats["micro_batch"] = passes.micro_batch
+    return examples, rollout, step_metrics(config, step, rollout, stats, watch.seconds)
+
+
+def save_checkpoint(
+    config: Config, log: RunLog, loaded: Loaded, optimizer: torch.optim.Optimizer, *, steps_done
+) -> None:
+    """Save the run's state, or say why that was left out: the run itself goes on."""
+    try:
+        log.sync()  # a checkpoint without the lines of its steps could not be resumed from
+        checkpoint.save(
+            log.folder,
+            loaded,
+            optimizer,
+            steps_done=steps_done,
+            keep=config.keep,
+            **what_is_saved(config),
+        )
+    except (OSError, checkpoint.CheckpointError) as error:
+        tqdm.write(f"step {steps_done - 1}: no checkpoint was saved: {error}")
+
+
+def what_is_saved(config: Config) -> dict[str, bool]:
+    """Return which parts a checkpoint has beside the policy: a fixed reference is the model."""
+    return {
+        "with_optimizer": config.save_optimizer,
+        "with_reference": config.sync_reference_every > 0,
+    }
+
+
+def how_to_go_on(run: Path) -> str:
+    """Return what to type after a run has ended before its time."""
+    saved = checkpoint.checkpoints_of(run)
+    if not saved:
+        return f"No checkpoint yet: python main.py --resume {run} starts the run again"
+    return f"Last checkpoint: {saved[-1]}. To go on: python main.py --resume {run}"
+
+
+def leave(log: RunLog, signal_number: int) -> None:
+    """End the process after a signal, with the exit code a shell expects."""
     log.close()
+    tqdm.write(f"{log.folder}: stopped. {how_to_go_on(log.folder)}")
+    sys.exit(128 + signal_number)
 
 
 def pick(config: Config, *names: str) -> dict:
     """Return some knobs as keyword arguments."""
     return {name: getattr(config, name) for name in names}
-
-
-def update_knobs(config: Config) -> dict:
-    """Return the knobs that `grpo.update` takes, as keyword arguments."""
-    return {"checkpoint_layers": config.layers_to_checkpoint, **pick(config, *UPDATE_KNOBS)}
 
 
 def make_optimizer(config: Config, policy) -> optimi.AdamW:
@@ -236,9 +335,6 @@ class Batches(Dataset):
     def __init__(self, config: Config, processor) -> None:
         self.config, self.processor = config, processor
 
-    def __len__(self) -> int:
-        return self.config.steps
-
     def __getitem__(self, step: int) -> tuple[list[Example], Prompts]:
         config = self.config
         options = pick(config, "seed", "image_size")
@@ -251,12 +347,14 @@ class Batches(Dataset):
         return examples, encode(self.processor, images, system=SYSTEM_MESSAGE, prompt=prompt)
 
 
-def make_batches(config: Config, processor) -> DataLoader:
+def make_batches(config: Config, processor, *, first_step: int = 0) -> DataLoader:
     """Return the steps' examples and prompts in order, made ahead by `config.workers` processes."""
     return DataLoader(
         Batches(config, processor),
+        sampler=range(first_step, config.steps),
         batch_size=None,  # an item is a step's batch already
         num_workers=config.workers,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=config.device == "cuda",
     )
 
@@ -387,31 +485,6 @@ def evaluate_and_log(
     )
 
 
-def check_sampler_gap(metrics: dict, dtype: torch.dtype) -> None:
-    """Stop the run if, at the first step, sampling and scoring were not the same distribution."""
-    allowed = MAX_SAMPLER_GAP[dtype]
-    if metrics["step"] == 0 and not metrics["sampler_gap_mean"] <= allowed:
-        sys.exit(
-            f"main.py: the log-probs recorded while sampling and those of the scoring pass differ "
-            f"by {metrics['sampler_gap_mean']:.4f} per token (up to {allowed} is rounding). The "
-            f"policy would be trained on samples it did not draw: temperature, positions, masks or "
-            f"the key-value cache differ between sampling.Sampler and scoring.completion_logprobs."
-        )
-
-
-def check_skipped(metrics: dict, in_a_row: int) -> int:
-    """Return how many steps in a row were skipped; stop the run after too many."""
-    in_a_row = in_a_row + 1 if metrics["skipped"] else 0
-    if metrics["skipped"]:
-        tqdm.write(f"step {metrics['step']}: the gradient is not finite; the step was skipped")
-    if in_a_row >= MAX_SKIPPED:
-        sys.exit(
-            f"main.py: no finite gradient in {MAX_SKIPPED} steps in a row; stopped. "
-            f"A lower --lr or a higher --beta usually helps."
-        )
-    return in_a_row
-
-
 def peak_memory() -> int:
     """Return the most bytes this process has held: on the GPU if there is one, else in RAM."""
     if torch.cuda.is_initialized():
@@ -441,13 +514,20 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="default",
-        help="values that suit a model (default: default)",
+        "--preset", choices=PRESETS, help="values that suit a model (default: default)"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with a run, from its newest checkpoint and with its own flags",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show what memory and disk the run takes, and stop",
     )
     for knob_field in dataclasses.fields(Config):
-        flag = "--" + knob_field.name.replace("_", "-")
         options = {"help": f"{knob_field.metadata['help']} ({default_text(knob_field)})"}
         if knob_field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -456,7 +536,7 @@ def make_parser() -> argparse.ArgumentParser:
             options["choices"] = knob_field.metadata["choices"]
             if not options["choices"]:
                 options["metavar"] = {int: "N", float: "X", str: "TEXT"}[knob_field.type]
-        parser.add_argument(flag, **options)
+        parser.add_argument(flag_of(knob_field.name), **options)
     return parser
 
 
@@ -471,14 +551,65 @@ def default_text(knob_field: dataclasses.Field) -> str:
 def make_config(arguments: argparse.Namespace) -> Config:
     """Return the run's knobs: defaults, under the preset's values, under the flags that were given.
 
-    Raises `ValueError`, in one line, for a value that is not accepted.
+    With --resume, the run's own take the place of defaults and preset. Raises `ValueError`, in one
+    line, for a value that is not accepted.
     """
     given = vars(arguments).copy()
-    preset = PRESETS[given.pop("preset")]
-    config = Config(**{**preset, **given})
+    given.pop("dry_run", None)
+    run, preset = given.pop("resume", None), given.pop("preset", None)
+    if run is None:
+        config = Config(**{**PRESETS[preset or "default"], **given})
+        check(config, given)
+        return config
+    if preset is not None:
+        raise ValueError(f"--preset {preset}: a run is resumed with its own flags")
+    saved = saved_config(run)
+    check_same_run(saved, given)
+    config = dataclasses.replace(saved, **given)
+    check(config, {})
+    return config
+
+
+def saved_config(run: Path) -> Config:
+    """Return the knobs in a run's config.json. Raises `ValueError` if there are none to go on."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"--resume {run}: not a run folder, there is no config.json in it")
+    if not os.access(run, os.W_OK):
+        raise ValueError(f"--resume {run}: cannot be written to")
+    try:
+        values = read_description(run)["config"]
+        types = {knob_field.name: knob_field.type for knob_field in dataclasses.fields(Config)}
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{name} is not a knob of this version")
+            if type(value) is not types[name] and (types[name], type(value)) != (float, int):
+                raise ValueError(f"{name} must be a {types[name].__name__}, not {value!r}")
+        config = Config(**values)
+        check(config, {})
+    except (RunError, ValueError) as error:
+        raise ValueError(f"--resume {run}: config.json: {error}") from error
+    return config
+
+
+def check_same_run(saved: Config, given: dict) -> None:
+    """Raise `ValueError` for a flag that would make a resumed run another one."""
+    knobs = dataclasses.fields(Config)
+    free = [knob_field.name for knob_field in knobs if knob_field.metadata["free"]]
+    for name, value in given.items():
+        was = getattr(saved, name)
+        if name not in free and value != was:
+            allowed = ", ".join(map(flag_of, free))
+            raise ValueError(
+                f"{flag_of(name)} {value}: the run has {was}, and would become another one. What "
+                f"may change with --resume: {allowed}"
+            )
+
+
+def check(config: Config, given: dict) -> None:
+    """Raise `ValueError` for values out of range, or that do not go together with those `given`."""
     for knob_field in dataclasses.fields(Config):
         check_limits(knob_field, getattr(config, knob_field.name))
-    if not re.fullmatch(r"auto|\d+", config.checkpoint_layers):
+    if not re.fullmatch(r"auto|[0-9]{1,6}", config.checkpoint_layers):
         raise ValueError(
             f"--checkpoint-layers {config.checkpoint_layers}: must be a number of layers or auto"
         )
@@ -490,11 +621,18 @@ def make_config(arguments: argparse.Namespace) -> Config:
         raise ValueError("--sync-reference-every: there is no reference with --beta 0")
     check_image_size(config.image_size)
     _ = config.spec  # refuses shapes that do not fit
-    return config
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a knob."""
+    return "--" + name.replace("_", "-")
 
 
 def check_limits(knob_field: dataclasses.Field, value) -> None:
-    """Raise `ValueError`, naming flag, value and what is accepted, for a number out of range."""
+    """Raise `ValueError`, naming flag, value and what is accepted, for a value out of range."""
+    choices = knob_field.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{flag_of(knob_field.name)} {value}: must be one of {', '.join(choices)}")
     if not isinstance(value, int | float):
         return
     least, above, most = (knob_field.metadata[name] for name in ("least", "above", "most"))
@@ -507,47 +645,195 @@ def check_limits(knob_field: dataclasses.Field, value) -> None:
     if not in_range:
         bounds = [("at least", least), ("above", above), ("at most", most)]
         accepted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-        flag = "--" + knob_field.name.replace("_", "-")
         finite = "" if isinstance(value, int) else ", and finite"
-        raise ValueError(f"{flag} {value}: must be {accepted}{finite}")
+        raise ValueError(f"{flag_of(knob_field.name)} {value}: must be {accepted}{finite}")
 
 
-def choose_folder(config: Config, preset: str) -> Path:
+def choose_folder(config: Config, preset: str | None) -> Path:
     """Return the new run's folder. Raises `ValueError` if it exists or cannot be made."""
     runs = Path(config.runs)
     existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"--runs {runs}: cannot write to {existing}")
     if not config.name:
-        model = Path(config.model).name
-        return free_folder(runs, preset if preset != "default" else model)
+        return free_folder(runs, preset or Path(config.model).resolve().name)
     folder = runs / config.name
+    if Path(config.name).name != config.name:
+        raise ValueError(f"--name {config.name}: must be the name of a folder in {runs}")
     if folder.exists():
         raise ValueError(f"--name {config.name}: {folder} exists; runs are never overwritten")
     return folder
+
+
+def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
+    """Return the checkpoint a run goes on from; None if it died before its first.
+
+    Raises `ValueError` where there is nothing left to do, or no optimizer state.
+    """
+    saved = checkpoint.checkpoints_of(run)
+    if not saved:
+        return None
+    done = checkpoint.read_state(saved[-1])["steps_done"]
+    if config.steps < done or (config.steps == done and (run / "final").is_dir()):
+        raise ValueError(
+            f"--resume {run}: {done} steps are done; must be more: --steps {config.steps}"
+        )
+    if not (saved[-1] / "optimizer.pt").is_file():
+        raise ValueError(
+            f"--resume {run}: {saved[-1].name} has no optimizer state (--no-save-optimizer). A new "
+            f"run can start from its weights: --model {saved[-1]}"
+        )
+    return saved[-1]
+
+
+def resume(
+    config: Config, loaded: Loaded, run: Path, saved: Path | None
+) -> tuple[RunLog, torch.optim.Optimizer, int]:
+    """Return a run's log, optimizer and number of steps done, as of a checkpoint.
+
+    The policy, and the reference if it moves, get its weights. Raises `RunError` or
+    `CheckpointError`, with nothing in the folder touched.
+    """
+    optimizer, steps_done = make_optimizer(config, loaded.policy), 0
+    if saved is not None:
+        checkpoint.restore(saved, loaded, optimizer)
+        steps_done = checkpoint.read_state(saved)["steps_done"]
+    log = resumed_run(
+        run,
+        config=dataclasses.asdict(config),
+        device=device_name(config.device),
+        steps_done=steps_done,
+    )
+    checkpoint.clear_leftovers(run)
+    print(f"{run}: goes on after {steps_done} steps")
+    return log, optimizer, steps_done
+
+
+# --- what it will take ------------------------------------------------------------------
+
+
+def work_of(config: Config) -> Work:
+    """Return what decides the run's memory; "auto" is a GPU unless the model is small."""
+    small = parameter_count(shape_config(config.model)) <= LARGEST_ON_CPU
+    device, dtype = config.device, config.dtype
+    if device == "auto":
+        device = "cpu" if small and not torch.cuda.is_available() else "cuda"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    sizes = ("model", "prompts_per_step", "group_size", "max_new_tokens", "image_size")
+    return Work(
+        **pick(config, *sizes, "micro_batch", "layers_to_checkpoint"),
+        device=device,
+        dtype=dtype,
+        reference=config.beta > 0,
+    )
+
+
+def report_needs(config: Config, folder: Path) -> bool:
+    """Print what memory and disk a run takes; return whether this machine has it."""
+    work = work_of(config)
+    has_device = work.device == "cpu" or torch.cuda.is_available()
+    free = free_memory(torch.device(work.device))[0] if has_device else None
+    sizes = estimate(work, free=free)
+    total = sum(sizes.values())
+    print(
+        f"{config.model} in {work.dtype} on {work.device}: {work.prompts_per_step} prompts x "
+        f"{work.group_size} completions of up to {work.max_new_tokens} tokens, "
+        f"{work.micro_batch} prompts per backward pass"
+    )
+    print(table(sizes))
+    print(f"  {'free':<40}" + (f"{free / GIB:>9.2f} GiB" if has_device else "   no CUDA GPU found"))
+    weights = sizes["weights"]
+    copies = checkpoint.copies(DTYPES[work.dtype], **what_is_saved(config))
+    room = shutil.disk_usage(next(path for path in folder.absolute().parents if path.exists())).free
+    print(
+        f"Disk: {copies * weights / GIB:.2f} GiB a checkpoint, {config.keep} kept and one being "
+        f"written, {weights / GIB:.2f} GiB for final/; {room / GIB:.2f} GiB are free"
+    )
+    if has_device and total <= free:
+        print("It fits.")
+        return True
+    print("It does not fit." if has_device else "It cannot run here.", end=" ")
+    flags = what_would_fit(work, free) if has_device else None
+    print(f"This would: {flags}" if flags else "What runs: python main.py --preset tiny")
+    return False
+
+
+def warn_of_full_disk(config: Config, policy, folder: Path) -> None:
+    """Print a warning if there is no room for a checkpoint now."""
+    needed = checkpoint.checkpoint_bytes(policy, **what_is_saved(config))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        print(
+            f"{folder}: a checkpoint takes {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free: "
+            f"none will be saved until there is room. --no-save-optimizer: smaller ones, from "
+            f"which a run cannot be resumed"
+        )
+
+
+# --- main -------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, refuse what cannot work before anything is loaded, and train."""
     parser = make_parser()
     parsed = parser.parse_args(arguments)
+    run, optimizer, steps_done = getattr(parsed, "resume", None), None, 0
     try:
         config = make_config(parsed)
-        folder = choose_folder(config, parsed.preset)
-        device, dtype = place(
-            config.model,
-            device=config.device,
-            dtype=config.dtype,
-            training=True,
-            reference=config.beta > 0,
-            command_that_runs="python main.py --preset tiny",
+        folder = run or choose_folder(config, getattr(parsed, "preset", None))
+        saved = checkpoint_to_resume(run, config) if run else None
+        if getattr(parsed, "dry_run", False):
+            sys.exit(0 if report_needs(config, folder) else 2)
+        config = placed(config)
+        loaded = load(
+            config.model, device=config.device, dtype=config.dtype, reference=config.beta > 0
         )
-        config = dataclasses.replace(config, device=device, dtype=dtype)
-        loaded = load(config.model, device=device, dtype=dtype, reference=config.beta > 0)
-    except (ValueError, ModelError) as error:
+        if run:
+            log, optimizer, steps_done = resume(config, loaded, run, saved)
+        else:
+            described = dataclasses.asdict(config)
+            log = new_run(folder, config=described, device=device_name(config.device))
+    except (ValueError, ModelError, RunError, checkpoint.CheckpointError) as error:
         parser.error(str(error))
-    train(config, loaded, folder)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    warn_of_full_disk(config, loaded.policy, folder)
+    run_to_the_end(config, loaded, log, optimizer=optimizer, steps_done=steps_done)
     print(f"{folder}: done. Next: python plot_rewards.py {folder} ; python evaluate.py {folder}")
+
+
+def placed(config: Config) -> Config:
+    """Return the knobs with device and dtype settled. Raises `ModelError` if it cannot run here."""
+    device, dtype = place(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        training=True,
+        reference=config.beta > 0,
+        command_that_runs="python main.py --preset tiny",
+    )
+    return dataclasses.replace(config, device=device, dtype=dtype)
+
+
+def run_to_the_end(config: Config, loaded: Loaded, log: RunLog, **state) -> None:
+    """Train; where that cannot go on, exit with one line that says why and what to do."""
+    try:
+        train(config, loaded, log, **state)
+        log.close()
+    except Unhealthy as error:
+        problem = str(error)
+    except torch.OutOfMemoryError:
+        layers = loaded.policy.config.text_config.num_hidden_layers
+        problem = (
+            f"out of GPU memory. What helps most: --micro-batch 1 --checkpoint-layers {layers}, "
+            f"--max-new-tokens, --group-size (python main.py --dry-run shows what takes how much)"
+        )
+    except (OSError, checkpoint.CheckpointError) as error:
+        problem = f"cannot be written: {error}"
+    else:
+        return
+    sys.exit(f"main.py: {log.folder}: {problem}. {how_to_go_on(log.folder)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,11 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoProcessor,
+    GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_position_ids,
@@ -34,9 +37,25 @@ from transformers.vision_utils import (
 from attention import IMPLEMENTATION
 
 MODEL_TYPE = "qwen2_5_vl"
-HUB_PARAMETERS = {  # so that a machine too small is told before anything is downloaded
-    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
-    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+HUB_TEXT_CONFIGS = {  # so that a machine too small is told before anything is downloaded
+    "Qwen/Qwen2.5-VL-3B-Instruct": {
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-VL-7B-Instruct": {
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
 }
 LARGEST_ON_CPU = 1_000_000_000  # parameters; a larger model is refused without a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,17 +86,82 @@ def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loa
     well.
     """
     model_config(model)
+    policy = load_weights(model, DTYPES[dtype])
     try:
-        processor = AutoProcessor.from_pretrained(model)
-        policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            model, dtype=DTYPES[dtype], use_safetensors=True
-        )
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        check_fit(model, processor, policy)
     except Exception as error:  # whatever a damaged folder or a lost connection makes it raise
         raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
     use_own_attention(policy)
     policy.to(device).eval()
     frozen = copy.deepcopy(policy).requires_grad_(False) if reference else None
     return Loaded(policy, frozen, processor)
+
+
+def load_weights(model: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """Return the model of a folder or hub id on the host; safetensors only, no code of others.
+
+    Raises `ModelError`, also for weights that are missing or of another shape, which transformers
+    would fill with random numbers.
+    """
+    logging.getLogger("transformers.modeling_utils").addFilter(is_not_load_report)
+    try:
+        loaded, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            model,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a damaged folder or a lost connection makes it raise
+        raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"model {model}: {len(missing)} weights are missing, as {missing[0]}")
+    return loaded
+
+
+def is_not_load_report(record: logging.LogRecord) -> bool:
+    """Return whether a log record is anything but the table of what a folder's weights lack."""
+    return "LOAD REPORT" not in record.getMessage()  # `load_weights` says it in one line
+
+
+def check_fit(model: str, processor, policy) -> None:
+    """Raise an error where files beside the weights are damaged, or missing, in a way that
+    transformers passes over: it would go on with an empty vocabulary or one stop token of two.
+    """
+    text = "<answer>12.34</answer>"
+    tokenizer = processor.tokenizer
+    if tokenizer.decode(tokenizer(text)["input_ids"]) != text or tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer is incomplete")
+    prompts = encode(processor, [Image.new("RGB", (56, 56))], system="", prompt=text)
+    is_image = prompts.input_ids == policy.config.image_token_id
+    if not torch.equal(is_image, prompts.mm_token_type_ids == IMAGE_TYPE):
+        raise ValueError("tokenizer and config.json disagree on the image token")
+    if os.path.exists(os.path.join(model, "generation_config.json")):
+        GenerationConfig.from_pretrained(model)
+    if policy.generation_config.eos_token_id is None:
+        raise ValueError("no eos_token_id in generation_config.json")
+
+
+@torch.no_grad()
+def copy_weights(folder: Path, model) -> None:
+    """Give a model, in place, the weights that `save_pretrained` wrote. Raises `ModelError`.
+
+    In place, because recorded steps and optimizers know a weight by where it lies.
+    """
+    saved = load_weights(str(folder), model.dtype)
+    for new, old in zip(saved.parameters(), model.parameters(), strict=True):
+        old.copy_(new)
+
+
+def save_weights(model, folder: Path) -> None:
+    """Write a model to a folder, for `from_pretrained`, without a progress bar."""
+    disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        enable_progress_bar()
 
 
 def use_own_attention(model) -> None:
@@ -110,7 +194,7 @@ def model_config(model: str) -> Qwen2_5_VLConfig:
         raise ModelError(f"model {model}: no such folder, and not a hub id like Qwen/NAME")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         where = "in this folder" if os.path.isdir(model) else "on disk or on the hub"
         raise ModelError(
@@ -121,11 +205,31 @@ def model_config(model: str) -> Qwen2_5_VLConfig:
     return config
 
 
-def parameter_count(model: str) -> int:
-    """Return the number of parameters without loading one. Raises `ModelError`."""
-    if model in HUB_PARAMETERS:
-        return HUB_PARAMETERS[model]
-    config = model_config(model)
+def shape_config(model: str) -> Qwen2_5_VLConfig:
+    """Return a config with the model's shape, of the well-known ones without a download.
+
+    Raises `ModelError`.
+    """
+    if model not in HUB_TEXT_CONFIGS:
+        return model_config(model)
+    text = HUB_TEXT_CONFIGS[model]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return Qwen2_5_VLConfig(
+        text_config={**text, "rms_norm_eps": 1e-6, "rope_parameters": rope},
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": text["hidden_size"],
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def parameter_count(config: Qwen2_5_VLConfig) -> int:
+    """Return the number of parameters without making one."""
     with torch.device("meta"):
         empty = Qwen2_5_VLForConditionalGeneration(config)
     return sum(parameter.numel() for parameter in empty.parameters())
@@ -144,7 +248,7 @@ def place(
 
     Raises `ModelError` where this machine cannot hold it; nothing is downloaded to find that out.
     """
-    count = parameter_count(model)
+    count = parameter_count(shape_config(model))
     found_gpu = torch.cuda.is_available()
     runs_here = f"What runs on this machine: {command_that_runs}"
     wanted = device

@@ -1,14 +1,16 @@
 """The run folder: what a run leaves behind, and nothing else.
 
-config.json         every knob, versions, device, git commit, command line
+config.json         every knob, versions, device, git commit, command line; the same of each resume
 metrics.jsonl       one object per step
 evaluations.jsonl   one object per held-out evaluation
 samples.jsonl       now and then one prompt with all its completions
+checkpoints/        the state after some steps, to resume from: see checkpoint.py
 final/              model and processor, loadable with from_pretrained
 """
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -17,39 +19,170 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 PACKAGES = ("torch", "transformers", "accelerate", "torch-optimi", "matplotlib", "numpy", "pillow")
+STEP_KEYS = {"metrics": "step", "evaluations": "steps_done", "samples": "step"}  # file -> key
+
+
+class RunError(Exception):
+    """A run folder that cannot be used. The message is one line for the user."""
 
 
 class RunLog:
-    """Writes one run's folder. The folder is created here and must not exist before."""
+    """Writes the lines of one run; only one process at a time can. Raises `RunError`."""
 
-    def __init__(self, folder: Path, *, config: dict, device: str) -> None:
-        folder.mkdir(parents=True)
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        description = {
-            "config": config,
-            "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": device,
-            "git_commit": git_commit(),
-            "versions": {"python": sys.version.split()[0], **package_versions()},
-        }
-        (folder / "config.json").write_text(json.dumps(description, indent=2, default=str) + "\n")
-        self.files = {
-            name: (folder / f"{name}.jsonl").open("a", encoding="utf-8")
-            for name in ("metrics", "evaluations", "samples")
-        }
+        try:
+            self.files = {
+                name: (folder / f"{name}.jsonl").open("ab", buffering=0) for name in STEP_KEYS
+            }
+            if fcntl:
+                fcntl.flock(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder}: another process is writing this run") from error
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
+        self.pending = dict.fromkeys(STEP_KEYS, b"")  # what the disk did not take yet
 
     def write(self, name: str, record: dict) -> None:
-        """Append one line to metrics, evaluations or samples; then it outlives the process."""
-        file = self.files[name]
-        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        file.flush()
+        """Append one line to metrics, evaluations or samples; then it outlives the process.
+
+        What a full disk refuses is kept, told, and tried again with the next line.
+        """
+        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        self.pending[name] += line.encode()
+        try:
+            self.flush()
+        except OSError as error:
+            waiting = sum(len(lines) for lines in self.pending.values())
+            print(
+                f"\n{self.folder}: {error.strerror}: {waiting} bytes of log lines wait in memory",
+                file=sys.stderr,
+            )
+
+    def flush(self) -> None:
+        """Write what is pending. Raises `OSError` when the disk takes no more."""
+        for name, file in self.files.items():
+            while self.pending[name]:
+                written = file.write(self.pending[name])  # perhaps not all: the rest comes next
+                self.pending[name] = self.pending[name][written:]
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk itself. Raises `OSError` when it is full."""
+        self.flush()
+        for file in self.files.values():
+            os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close the files."""
-        for file in self.files.values():
-            file.close()
+        """Write what is pending and close the files. Raises `OSError` when the disk is full."""
+        try:
+            self.flush()
+        finally:
+            for file in self.files.values():
+                file.close()
+
+
+# --- runs begin and go on ---------------------------------------------------------------
+
+
+def new_run(folder: Path, *, config: dict, device: str) -> RunLog:
+    """Make the folder of a new run, which must not exist. Raises `RunError`."""
+    try:
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", {"config": config, **provenance(device)})
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
+    return RunLog(folder)
+
+
+def resumed_run(folder: Path, *, config: dict, device: str, steps_done: int) -> RunLog:
+    """Open a run's folder again, and cut the lines of steps that will be done again.
+
+    Raises `RunError`, with nothing cut, where lines of the steps before are missing or damaged.
+    """
+    log = RunLog(folder)
+    lengths = {name: length_up_to(folder, name, steps_done) for name in STEP_KEYS}
+    kept = [line["step"] for line in read_lines(folder / "metrics.jsonl", lengths["metrics"])]
+    if kept != list(range(steps_done)):
+        path = folder / "metrics.jsonl"
+        raise RunError(f"{path}: does not hold the {steps_done} steps before the checkpoint")
+    description = read_description(folder)
+    earlier = description.pop("resumed", [])
+    resumed = [*earlier, {"steps_done": steps_done, **provenance(device)}]
+    try:
+        write_json(folder / "config.json", {**description, "config": config, "resumed": resumed})
+        for name, length in lengths.items():
+            log.files[name].truncate(length)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
+    return log
+
+
+def length_up_to(folder: Path, name: str, steps_done: int) -> int:
+    """Return the bytes of a file's lines about the first `steps_done` steps.
+
+    A line without its end was being written when the run died. Raises `RunError` for a line that
+    is damaged.
+    """
+    path, length = folder / f"{name}.jsonl", 0
+    is_evaluation = name == "evaluations" and steps_done > 0  # one comes after the last step
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                step = int(json.loads(line)[STEP_KEYS[name]])
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{path}: line {number} is damaged") from error
+            if step >= steps_done + is_evaluation:
+                break
+            length += len(line)
+    return length
+
+
+def read_lines(path: Path, length: int = -1) -> list[dict]:
+    """Return the objects in the first `length` bytes of a file, one per line."""
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file.read(length).splitlines()]
+
+
+def read_description(folder: Path) -> dict:
+    """Return what config.json holds, the run's knobs under "config". Raises `RunError`."""
+    path = folder / "config.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(description["config"], dict):
+            return description
+        raise TypeError("no knobs in it")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: not readable: {error}") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a file whole or not at all. Raises `OSError`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def provenance(device: str) -> dict:
+    """Return by what command, when, with which code and versions, and where a run is made."""
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "git_commit": git_commit(),
+        "versions": {"python": sys.version.split()[0], **package_versions()},
+    }
 
 
 def finite(value):

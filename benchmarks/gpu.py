@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fastpath
 from attention import check_suffix_attention, lower_right, one_token_attention, suffix_attention
 from fastpath import check_matmul, matmul_fp32, relative_difference
-from grpo import Rollout, score_reference, update
-from policy import GIB, Prompts, embed_prompts, use_own_attention
+from grpo import Passes, Rollout, score_reference, update
+from policy import GIB, Prompts, embed_prompts, shape_config, use_own_attention
 from runlog import Stopwatch
 from sampling import Completions, Sampler, make_generator
 from scoring import completion_logprobs
@@ -65,29 +65,7 @@ class Shape:
 
 def true_shape() -> Shape:
     """Return Qwen2.5-VL-7B and the default step."""
-    text = {
-        "vocab_size": 152_064,
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [16, 24, 24],
-        },
-    }
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    }
-    return Shape(Qwen2_5_VLConfig(text_config=text, vision_config=vision), 350, 250, 150, 512)
+    return Shape(shape_config("Qwen/Qwen2.5-VL-7B-Instruct"), 350, 250, 150, 512)
 
 
 def toy_shape() -> Shape:
@@ -371,7 +349,7 @@ def whole_step(bench: Bench) -> None:
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = TimedOptimizer(policy, bench)
     sampler = Sampler(policy, max_new_tokens=shape.longest, pad_id=0)
-    all_phases = []
+    all_phases, passes = [], Passes(micro_batch=4)
     for number in range(5):
         if number == 2:
             bench.peak_gib()  # the first steps also compile, record and check
@@ -379,12 +357,12 @@ def whole_step(bench: Bench) -> None:
         completions = draw(bench, sampler, number)
         watch.lap("prompts read, decoding")
         rollout = score_reference(
-            reference, make_rollout(bench, completions), micro_batch=4, temperature=1.0
+            reference, make_rollout(bench, completions), passes=passes, temperature=1.0
         )
         watch.lap("reference")
         stats = update(
-            policy, optimizer, rollout, loss="grpo", inner_epochs=1, micro_batch=4,
-            checkpoint_layers=None, temperature=1.0, beta=0.05, clip_eps=0.2, clip_eps_high=0.2,
+            policy, optimizer, rollout, loss="grpo", inner_epochs=1, passes=passes,
+            temperature=1.0, beta=0.05, clip_eps=0.2, clip_eps_high=0.2,
             max_grad_norm=1.0, max_new_tokens=shape.limit,
         )  # fmt: skip
         watch.lap("policy, log-probs, clip, optimizer")

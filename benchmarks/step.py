@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main as trainer  # noqa: E402
-from grpo import collect_rollout, score_reference, update  # noqa: E402
+from grpo import Passes  # noqa: E402
 from policy import load  # noqa: E402
-from runlog import Stopwatch  # noqa: E402
-from sampling import make_generator  # noqa: E402
 
 TRAINERS = {
     "own": "this trainer",
@@ -57,31 +54,15 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
     optimizer = trainer.make_optimizer(config, loaded.policy)
     sampler = trainer.make_sampler(config, loaded)
     batches = iter(trainer.make_batches(config, loaded.processor))
+    passes = Passes(config.micro_batch, config.layers_to_checkpoint)
     for step in range(steps):
-        watch = Stopwatch(lambda: None)
-        examples, prompts = next(batches)
-        watch.lap("prompts_s")
-        rollout = collect_rollout(
-            sampler,
-            loaded.processor,
-            prompts,
-            partial(trainer.judge, config, examples),
-            **trainer.pick(config, "group_size", "temperature"),
-            divide_by_std=True,
-            generator=make_generator("cpu", config.seed, step),
+        _, rollout, metrics = trainer.take_step(
+            config, step, batches, sampler, loaded, optimizer, passes
         )
-        watch.lap("rollout_s")
-        if loaded.reference is not None:
-            rollout = score_reference(
-                loaded.reference, rollout, **trainer.pick(config, "micro_batch", "temperature")
-            )
-        watch.lap("reference_s")
-        update(loaded.policy, optimizer, rollout, **trainer.update_knobs(config))
-        watch.lap("update_s")
         yield {
-            "step_s": sum(watch.seconds.values()),
+            "step_s": metrics["step_s"],
             "completion_tokens": sum(rollout.lengths),
-            **watch.seconds,
+            **{phase: metrics[phase] for phase in PHASES},
         }
 
 

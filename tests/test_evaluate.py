@@ -107,4 +107,4 @@ def test_a_run_without_a_final_model_says_so(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path)])
-    assert "no final/ model yet" in capsys.readouterr().err
+    assert "neither final/ nor a checkpoint yet" in capsys.readouterr().err

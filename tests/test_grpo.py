@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import random_completions, scored
 
+import grpo
 from grpo import (
     LOSSES,
+    Passes,
     Rollout,
     backward,
     collect_rollout,
@@ -29,8 +31,7 @@ from sampling import Sampler
 OPTIONS = {
     "loss": "grpo",
     "inner_epochs": 1,
-    "micro_batch": 3,
-    "checkpoint_layers": 0,
+    "passes": Passes(micro_batch=3, checkpoint_layers=0),
     "temperature": 0.8,
     "beta": 0.1,
     "clip_eps": 0.2,
@@ -223,7 +224,7 @@ def test_a_rollout_belongs_together(loaded, prompts):
 
 def test_micro_batches_are_the_rollout_in_parts(loaded, prompts):
     rollout = score_reference(
-        loaded.reference, collect(loaded, prompts), micro_batch=3, temperature=0.8
+        loaded.reference, collect(loaded, prompts), passes=Passes(3), temperature=0.8
     )
     parts = list(rollout.micro_batches(2))
     assert [len(part.prompts) for part in parts] == [2, 1]
@@ -244,7 +245,7 @@ def test_sampling_and_scoring_use_the_same_temperature(loaded, prompts):
 
 def test_kl_is_exactly_zero_at_the_first_step(loaded, prompts):
     rollout = collect(loaded, prompts)
-    rollout = score_reference(loaded.reference, rollout, micro_batch=3, temperature=0.8)
+    rollout = score_reference(loaded.reference, rollout, passes=Passes(3), temperature=0.8)
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
     stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
     assert stats["kl"] == 0.0
@@ -262,13 +263,11 @@ def test_micro_batches_give_the_gradient_of_one_batch(model, prompts, loss):
     weights = token_weights(rollout.completion_mask, loss=loss, max_new_tokens=16).double()
     gradients, all_stats = [], []
     for micro_batch in (3, 2, 1):
-        model.zero_grad()
         _, stats = backward(
             model,
             rollout,
             weights,
-            micro_batch=micro_batch,
-            checkpoint_layers=1,
+            passes=Passes(micro_batch, checkpoint_layers=1),
             temperature=1.0,
             beta=0.1,
             clip_eps=0.2,
@@ -292,7 +291,8 @@ def test_the_gradient_waits_for_nothing(model, prompts):
     rollout = replace(rollout, prompts=prompts.to("meta"), **tensors)
     weights = token_weights(rollout.completion_mask, loss="grpo", max_new_tokens=16)
     options = {"temperature": 1.0, "beta": 0.1, "clip_eps": 0.2, "clip_eps_high": 0.2}
-    backward(model.to("meta"), rollout, weights, micro_batch=2, checkpoint_layers=1, **options)
+    passes = Passes(micro_batch=2, checkpoint_layers=1)
+    backward(model.to("meta"), rollout, weights, passes=passes, **options)
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -330,13 +330,74 @@ def test_later_inner_epochs_compare_with_the_policy_that_sampled(loaded, prompts
     assert stats["sampler_gap_max"] < 1e-10  # of the first epoch
 
 
-def test_a_gradient_that_is_not_finite_is_not_applied(loaded, prompts):
-    rollout = replace(collect(loaded, prompts), advantages=torch.full((3, 2), torch.nan))
+def assert_skipped(loaded, rollout, named: str):
     before = copy.deepcopy(loaded.policy.state_dict())
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1.0)
     stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
-    assert stats["skipped"] == 1
+    assert (stats["skipped"], stats["not_finite"]) == (1, named)
     assert_same_weights(loaded.policy, before)
+
+
+def test_a_loss_and_gradient_that_are_not_finite_are_named_and_change_nothing(loaded, prompts):
+    rollout = replace(collect(loaded, prompts), advantages=torch.full((3, 2), torch.nan))
+    assert_skipped(loaded, rollout, "loss, gradient")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_reward_that_is_not_finite_is_named_and_changes_nothing(loaded, prompts, value):
+    """Its group would get advantages of 0, or nan: the first would pass unseen."""
+    rollout = collect(loaded, prompts, reward=lambda text, q: value if q == 1 else len(text))
+    rollout = replace(rollout, advantages=rollout.advantages.nan_to_num())
+    assert_skipped(loaded, rollout, "reward")
+
+
+# --- memory -------------------------------------------------------------------------------
+
+
+def out_of_memory(times: int, work):
+    """`work`, which first does half of it and fails so many times."""
+    seen = []
+
+    def failing(model, part_prompts, ids, lengths, **options):
+        seen.append((len(part_prompts), options.get("checkpoint_layers")))
+        if len(seen) in range(2, 2 + times):  # the second pass: the first has left a gradient
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(model, part_prompts, ids, lengths, **options)
+
+    return failing, seen
+
+
+def test_when_memory_runs_out_smaller_passes_give_the_same_gradient(loaded, prompts, monkeypatch):
+    rollout = score_reference(
+        loaded.reference, collect(loaded, prompts), passes=Passes(3), temperature=0.8
+    )
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
+    expected = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    failing, seen = out_of_memory(1, grpo.completion_logprobs)
+    monkeypatch.setattr(grpo, "completion_logprobs", failing)
+    passes = Passes(micro_batch=2, checkpoint_layers=0)
+    stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "passes": passes})
+    assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
+    assert seen == [(2, 0), (1, 0)] + [(1, grpo.ALL_LAYERS)] * 3
+    assert (passes.micro_batch, passes.shrunk) == (1, True)
+
+
+def test_the_reference_is_scored_in_smaller_passes_too(loaded, prompts, monkeypatch):
+    rollout = collect(loaded, prompts)
+    whole = score_reference(loaded.reference, rollout, passes=Passes(3), temperature=0.8)
+    failing, seen = out_of_memory(1, grpo.completion_logprobs)
+    monkeypatch.setattr(grpo, "completion_logprobs", failing)
+    parts = score_reference(loaded.reference, rollout, passes=Passes(2), temperature=0.8)
+    torch.testing.assert_close(parts.ref_logprobs, whole.ref_logprobs, rtol=0, atol=1e-12)
+    assert [size for size, _ in seen] == [2, 1, 1, 1, 1]
+
+
+def test_memory_that_runs_out_again_is_an_error(loaded, prompts, monkeypatch):
+    rollout = collect(loaded, prompts)
+    failing, _ = out_of_memory(3, grpo.completion_logprobs)
+    monkeypatch.setattr(grpo, "completion_logprobs", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        score_reference(loaded.reference, rollout, passes=Passes(2), temperature=0.8)
 
 
 def test_the_gradient_norm_is_that_before_clipping(loaded, prompts):

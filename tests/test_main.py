@@ -16,6 +16,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 import main
 from main import PRESETS, Config, learning_rate, make_config, make_parser
 from policy import use_own_attention
+from runlog import new_run, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -165,36 +166,7 @@ def test_examples_do_not_depend_on_the_workers(processor, workers):
     assert count == 4
 
 
-@pytest.mark.parametrize(
-    ("metrics", "stops"),
-    [
-        ({"step": 0, "sampler_gap_mean": 1e-5}, False),
-        ({"step": 0, "sampler_gap_mean": 0.2}, True),
-        ({"step": 0, "sampler_gap_mean": float("nan")}, True),
-        ({"step": 1, "sampler_gap_mean": 0.2}, False),
-    ],
-)
-def test_a_sampler_that_differs_from_the_scorer_stops_the_run(metrics, stops):
-    if not stops:
-        return main.check_sampler_gap(metrics, torch.float32)
-    with pytest.raises(SystemExit, match="samples it did not draw"):
-        main.check_sampler_gap(metrics, torch.float32)
-
-
-def test_a_run_without_finite_gradients_stops():
-    in_a_row = 0
-    for step in range(4):
-        in_a_row = main.check_skipped({"step": step, "skipped": 1}, in_a_row)
-    assert main.check_skipped({"step": 4, "skipped": 0}, in_a_row) == 0
-    with pytest.raises(SystemExit, match="no finite gradient in 5 steps"):
-        main.check_skipped({"step": 4, "skipped": 1}, in_a_row)
-
-
 # --- whole runs ---------------------------------------------------------------------------
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def run_main(tmp_path: Path, *flags: str) -> Path:
@@ -202,6 +174,10 @@ def run_main(tmp_path: Path, *flags: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return tmp_path / "tiny"
+
+
+def train(config: Config, loaded, folder: Path):
+    main.train(config, loaded, new_run(folder, config=dataclasses.asdict(config), device="cpu"))
 
 
 def test_a_whole_run(tmp_path):
@@ -232,7 +208,7 @@ def test_a_whole_run(tmp_path):
 def test_final_gives_the_logits_of_the_trained_policy(tmp_path, processor):
     config = config_of(*SMALL, "--steps", "1", "--eval-every", "0", "--loss", "dr_grpo")
     loaded = main.load(TINY, device="cpu", dtype="float32", reference=True)
-    main.train(config, loaded, tmp_path / "run")
+    train(config, loaded, tmp_path / "run")
     final = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "final").eval()
     use_own_attention(final)
     prompts = make_prompts(processor, 2)
@@ -249,7 +225,7 @@ def test_two_runs_of_one_seed_are_the_same_run(tmp_path):
         flags = ["--steps", "2", "--eval-every", "0", "--beta", "0", "--inner-epochs", "2"]
         config = config_of(*SMALL, *flags, "--checkpoint-layers", "2")
         loaded = main.load(TINY, device="cpu", dtype="float32")
-        main.train(config, loaded, tmp_path / name)
+        train(config, loaded, tmp_path / name)
         lines = read_lines(tmp_path / name / "metrics.jsonl")
         timed = ("_s", "gib")
         curves.append([{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines])
@@ -262,6 +238,6 @@ def test_the_reference_follows_the_policy_when_asked(tmp_path):
     flags = ["--steps", "3", "--eval-every", "0", "--sync-reference-every", "1"]
     config = config_of(*SMALL, *flags, "--reference-mix", "1")
     loaded = main.load(TINY, device="cpu", dtype="float32", reference=True)
-    main.train(config, loaded, tmp_path / "run")
+    train(config, loaded, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["kl"] for line in lines] == [0.0, 0.0, 0.0]

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from conftest import TINY, make_prompts, stock
-from transformers import AutoConfig, LlamaConfig, Qwen2_5_VLConfig
+from transformers import AutoConfig, LlamaConfig
 
 import policy
 from policy import (
-    HUB_PARAMETERS,
     ModelError,
     embed_prompts,
     encode,
@@ -15,6 +14,7 @@ from policy import (
     load,
     parameter_count,
     place,
+    shape_config,
     use_own_attention,
 )
 from rewards import SYSTEM_MESSAGE, make_prompt
@@ -115,28 +115,18 @@ def test_a_model_with_sliding_windows_is_refused(model):
 
 def test_parameter_counts():
     model = load(TINY, device="cpu", dtype="float32").policy
-    assert parameter_count(TINY) == sum(p.numel() for p in model.parameters())
+    assert parameter_count(shape_config(TINY)) == sum(p.numel() for p in model.parameters())
 
 
-def test_the_known_size_of_the_7b_model(tmp_path):
-    Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 152_064,
-            "hidden_size": 3584,
-            "intermediate_size": 18_944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 3584,
-        },
-    ).save_pretrained(tmp_path)
-    assert parameter_count(str(tmp_path)) == HUB_PARAMETERS["Qwen/Qwen2.5-VL-7B-Instruct"]
+@pytest.mark.parametrize(
+    ("model", "parameters"),  # as the hub counts them
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3_754_622_976),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656),
+    ],
+)
+def test_the_shapes_known_without_a_download(model, parameters):
+    assert parameter_count(shape_config(model)) == parameters
 
 
 def test_a_machine_without_gpu_is_told_what_runs(monkeypatch):

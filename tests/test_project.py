@@ -20,9 +20,15 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "sampling": {"policy", "fastpath"},
     "scoring": {"policy", "attention", "fastpath"},
     "grpo": {"policy", "sampling", "scoring"},
-    "evaluate": {"policy", "sampling", "rewards", "shapes"},
+    "checkpoint": {"policy"},
+    "health": set(),
+    "memory": {"policy", "scoring"},
+    "evaluate": {"policy", "sampling", "rewards", "shapes", "runlog", "checkpoint"},
     "cold_start": {"policy", "scoring", "rewards", "shapes"},
-    "main": {"grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"},
+    "main": {
+        *("grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"),
+        *("checkpoint", "health", "memory"),
+    },
 }
 
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from runlog import RunLog, Stopwatch, free_folder
+from runlog import RunError, Stopwatch, free_folder, new_run
 
 
 def test_every_record_is_one_line_whatever_it_holds(tmp_path):
-    log = RunLog(tmp_path / "run", config={"seed": 1}, device="cpu")
+    log = new_run(tmp_path / "run", config={"seed": 1}, device="cpu")
     record = {
         "text": 'a\nb\u2028c\x00"\ud800',
         "loss": float("nan"),
@@ -22,7 +22,7 @@ def test_every_record_is_one_line_whatever_it_holds(tmp_path):
 
 
 def test_config_json_tells_how_the_run_was_made(tmp_path):
-    RunLog(tmp_path / "run", config={"seed": 1}, device="cpu").close()
+    new_run(tmp_path / "run", config={"seed": 1}, device="cpu").close()
     description = json.loads((tmp_path / "run" / "config.json").read_text())
     assert description["config"] == {"seed": 1}
     assert description["device"] == "cpu"
@@ -32,8 +32,8 @@ def test_config_json_tells_how_the_run_was_made(tmp_path):
 
 def test_an_existing_run_is_never_written_to(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(FileExistsError):
-        RunLog(tmp_path / "run", config={}, device="cpu")
+    with pytest.raises(RunError, match="exists"):
+        new_run(tmp_path / "run", config={}, device="cpu")
     assert free_folder(tmp_path, "new") == tmp_path / "new"
     assert free_folder(tmp_path, "run") == tmp_path / "run-2"
     (tmp_path / "run-2").mkdir()

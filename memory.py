@@ -1,0 +1,126 @@
+"""What a run takes of memory and of the disk, told before anything is loaded.
+
+Sizes are bytes, counted from shapes for the longest completions that are allowed. What a kernel
+needs for itself, and what an allocator cannot use again, is not in them.
+"""
+
+from dataclasses import dataclass, replace
+
+from transformers import Qwen2_5_VLConfig
+
+from policy import DTYPES, GIB, shape_config
+from policy import parameter_count as count_parameters
+from scoring import CHUNK, HEADROOM, activation_bytes
+
+TEXT_TOKENS = 200  # of a prompt: a little more than it has with Qwen's vocabulary
+LIBRARIES = {"cuda": GIB, "cpu": 6 * GIB // 10}  # CUDA context; Python with torch and the others
+SMALLER_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What decides how much memory a run takes; fields are named as the flags are."""
+
+    model: str
+    device: str
+    dtype: str
+    prompts_per_step: int
+    group_size: int
+    max_new_tokens: int
+    image_size: int
+    micro_batch: int
+    layers_to_checkpoint: int | None  # None: as few as memory allows
+    reference: bool
+
+    @property
+    def config(self) -> Qwen2_5_VLConfig:
+        """The model's shape. Raises `ModelError`."""
+        return shape_config(self.model)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """P: four patches make a visual token."""
+        side = self.image_size // (2 * self.config.vision_config.patch_size)
+        return side**2 + TEXT_TOKENS
+
+
+def estimate(work: Work, *, free: int | None) -> dict[str, int]:
+    """Return what takes how many bytes at a step's peak, by name.
+
+    As many decoder layers as `free` bytes allow are kept for the backward pass, and the others
+    checkpointed, unless `work` names a number; with None all are.
+    """
+    config, text = work.config, work.config.text_config
+    size, layers = DTYPES[work.dtype].itemsize, text.num_hidden_layers
+    parameters = count_parameters(config) * size
+    tokens = work.micro_batch * (work.prompt_tokens + work.group_size * work.max_new_tokens)
+    sizes = {
+        "weights": parameters,
+        "gradients": parameters,
+        "optimizer": (3 if work.dtype == "bfloat16" else 2) * parameters,  # 3: with Kahan's
+        "reference": parameters * work.reference,
+        "key-value cache": cache_bytes(work),
+        "vision tower": vision_bytes(work),
+        "log-probs": logits_bytes(work),
+        "libraries": LIBRARIES[work.device],
+    }
+    per_layer = tokens * activation_bytes(text, DTYPES[work.dtype])
+    checkpointed = work.layers_to_checkpoint
+    if checkpointed is None:
+        left = 0 if free is None else (1 - HEADROOM) * free - sum(sizes.values()) - per_layer
+        checkpointed = max(0, layers - max(0, int(left / per_layer)))
+    checkpointed = min(checkpointed, layers)
+    inputs = checkpointed * tokens * text.hidden_size * size
+    live = 1 if checkpointed else 0  # the layer that is being recomputed
+    name = f"decoder layers, {checkpointed} of {layers} checkpointed"
+    return {**sizes, name: inputs + (layers - checkpointed + live) * per_layer}
+
+
+def cache_bytes(work: Work) -> int:
+    """Return the bytes of all rows' keys and values, which the sampler keeps from step to step."""
+    text, rows = work.config.text_config, work.prompts_per_step * work.group_size
+    slots = -(-(work.prompt_tokens + work.max_new_tokens) // 8) * 8
+    head_size = text.hidden_size // text.num_attention_heads
+    per_slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size
+    return rows * slots * per_slot * DTYPES[work.dtype].itemsize
+
+
+def vision_bytes(work: Work) -> int:
+    """Return the bytes that the vision tower keeps of a micro-batch for the backward pass."""
+    vision = work.config.vision_config
+    patches = work.micro_batch * (work.image_size // vision.patch_size) ** 2
+    return vision.depth * patches * activation_bytes(vision, DTYPES[work.dtype])
+
+
+def logits_bytes(work: Work) -> int:
+    """Return the bytes of fp32 logits: of sampling, or of a scoring pass with its gradient."""
+    text = work.config.text_config
+    sampling = 3 * work.prompts_per_step * work.group_size * text.vocab_size
+    scoring = 3 * CHUNK * text.vocab_size + text.vocab_size * text.hidden_size
+    return 4 * max(sampling, scoring)
+
+
+def what_would_fit(work: Work, free: int) -> str | None:
+    """Return the flags, one more after the other, with which `work` fits; None if none help."""
+    changes = [
+        ("--micro-batch 1", {"micro_batch": 1, "layers_to_checkpoint": None}),
+        ("--max-new-tokens 256", {"max_new_tokens": min(256, work.max_new_tokens)}),
+        ("--group-size 4", {"group_size": min(4, work.group_size)}),
+        ("--beta 0", {"reference": False}),
+        (f"--model {SMALLER_MODEL}", {"model": SMALLER_MODEL}),
+    ]
+    flags = []
+    for flag, change in changes:
+        smaller = replace(work, **change)
+        if smaller != work:
+            flags.append(flag)
+        work = smaller
+        if sum(estimate(work, free=None).values()) <= free:
+            return " ".join(flags)
+    return None
+
+
+def table(sizes: dict[str, int]) -> str:
+    """Return the sizes and their sum, one per line."""
+    lines = [f"  {name:<40}{size / GIB:>9.2f} GiB" for name, size in sizes.items()]
+    return "\n".join([*lines, f"  {'total':<40}{sum(sizes.values()) / GIB:>9.2f} GiB"])
