@@ -17,12 +17,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from policy import GIB, Loaded, ModelError, copy_weights, first_line, save_weights
+from policy import GIB, Loaded, copy_weights, first_line, save_weights
 
 FAILURES = (OSError, RuntimeError, SafetensorError)  # what the savers raise on a full disk
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
@@ -175,7 +176,13 @@ def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) 
                 mmap=not on_cpu,  # else a second copy would stand in memory on the way to the GPU
             )
         )
-    except (*FAILURES, ModelError, ValueError, KeyError, TypeError, EOFError) as error:
+    except CheckpointError:
+        raise
+    except UnpicklingError as error:  # its own text tells how to run the code of others
+        raise CheckpointError(
+            f"{checkpoint}: damaged: more than tensors in optimizer.pt"
+        ) from error
+    except Exception as error:  # whatever a damaged file makes the loaders raise
         raise CheckpointError(f"{checkpoint}: damaged: {first_line(error)}") from error
     for part, found in checksums(loaded, optimizer, True).items():
         if found != expected.get(part):

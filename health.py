@@ -3,6 +3,8 @@
 import os
 import signal
 import statistics
+import threading
+import time
 
 import torch
 
@@ -45,10 +47,22 @@ class StopSignal:
         os.write(2, b"\nStopping: the step is finished and saved first. Once more stops at once.\n")
 
 
-def leave_signals_to_the_parent(_: int) -> None:
-    """Let a loader's worker process outlive a Ctrl-C, so that the step can be finished."""
+def follow_the_parent(_: int) -> None:
+    """Make a loader's worker process end when its parent does, neither before nor after.
+
+    A Ctrl-C reaches it too: it must outlive it, or the step cannot be finished. And torch's workers
+    may outlive a parent that was killed, waiting for someone to read what they have made.
+    """
     for number in StopSignal.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=exit_after, args=(os.getppid(),), daemon=True).start()
+
+
+def exit_after(parent: int) -> None:
+    """End this process when its parent is no longer the one it had."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class Health:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import optimi
 import torch
@@ -39,8 +40,8 @@ from grpo import (
     sync_reference,
     update,
 )
-from health import Health, StopSignal, Unhealthy, leave_signals_to_the_parent
-from memory import Work, estimate, table, what_would_fit
+from health import Health, StopSignal, Unhealthy, follow_the_parent
+from memory import EXACT, Work, estimate, table, what_would_fit
 from policy import (
     DTYPES,
     GIB,
@@ -107,7 +108,7 @@ class Config:
     prompts_per_step: int = knob(4, "plots per step", least=1)
     group_size: int = knob(8, "completions per plot, compared with each other", least=2)
     max_new_tokens: int = knob(512, "limit of a completion; longer ones are cut off", least=1)
-    temperature: float = knob(1.0, "of sampling and of scoring", above=0)
+    temperature: float = knob(1.0, "of sampling and of scoring", least=0.01)
     # algorithm
     loss: str = knob(
         "grpo", "how tokens are averaged: see token_weights in grpo.py", choices=LOSSES
@@ -178,6 +179,7 @@ PRESETS = {
 }
 UPDATE_KNOBS = ("loss", "inner_epochs", "temperature", "beta", "clip_eps", "clip_eps_high")
 UPDATE_KNOBS += ("max_grad_norm", "max_new_tokens")
+LARGEST = 1_000_000_000  # of a whole number without a limit of its own
 ADAM_EPS = 1e-8  # the gradient of one of 8 billion weights is about 1e-5 after clipping
 
 
@@ -354,7 +356,7 @@ def make_batches(config: Config, processor, *, first_step: int = 0) -> DataLoade
         sampler=range(first_step, config.steps),
         batch_size=None,  # an item is a step's batch already
         num_workers=config.workers,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=follow_the_parent,
         pin_memory=config.device == "cuda",
     )
 
@@ -505,9 +507,17 @@ def device_name(device: str) -> str:
 # --- command line -----------------------------------------------------------------------
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line, whatever a flag's value holds."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with 2."""
+        super().error(" ".join(message.split()))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line made from `Config`; flags left out do not appear in the result."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         usage=argparse.SUPPRESS,
         argument_default=argparse.SUPPRESS,
         description=__doc__,
@@ -636,6 +646,8 @@ def check_limits(knob_field: dataclasses.Field, value) -> None:
     if not isinstance(value, int | float):
         return
     least, above, most = (knob_field.metadata[name] for name in ("least", "above", "most"))
+    if most is None and isinstance(value, int):
+        most = LARGEST
     in_range = (
         (least is None or value >= least)
         and (above is None or value > above)
@@ -644,7 +656,7 @@ def check_limits(knob_field: dataclasses.Field, value) -> None:
     )
     if not in_range:
         bounds = [("at least", least), ("above", above), ("at most", most)]
-        accepted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        accepted = " and ".join(f"{word} {bound:,}" for word, bound in bounds if bound is not None)
         finite = "" if isinstance(value, int) else ", and finite"
         raise ValueError(f"{flag_of(knob_field.name)} {value}: must be {accepted}{finite}")
 
@@ -753,9 +765,11 @@ def report_needs(config: Config, folder: Path) -> bool:
     if has_device and total <= free:
         print("It fits.")
         return True
-    print("It does not fit." if has_device else "It cannot run here.", end=" ")
+    if not has_device:
+        print(f"It needs a CUDA GPU with {total / GIB:.0f} GiB free.", end=" ")
     flags = what_would_fit(work, free) if has_device else None
-    print(f"This would: {flags}" if flags else "What runs: python main.py --preset tiny")
+    what = f"What would: {flags}" if flags else "What runs here: python main.py --preset tiny"
+    print(f"It does not fit. {what}" if has_device else what)
     return False
 
 
@@ -804,7 +818,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def placed(config: Config) -> Config:
-    """Return the knobs with device and dtype settled. Raises `ModelError` if it cannot run here."""
+    """Return the knobs with device and dtype settled.
+
+    Raises `ModelError` if what is counted exactly does not fit; warns if the estimate does not.
+    """
     device, dtype = place(
         config.model,
         device=config.device,
@@ -813,7 +830,17 @@ def placed(config: Config) -> Config:
         reference=config.beta > 0,
         command_that_runs="python main.py --preset tiny",
     )
-    return dataclasses.replace(config, device=device, dtype=dtype)
+    config = dataclasses.replace(config, device=device, dtype=dtype)
+    work, (free, _) = work_of(config), free_memory(torch.device(device))
+    sizes = estimate(work, free=free)
+    at_least, about = sum(sizes[name] for name in EXACT), sum(sizes.values())
+    if about > free:
+        flags = what_would_fit(work, free) or "nothing that only takes a few flags"
+        told = f"GiB, {free / GIB:.1f} are free on {device}. What would fit: {flags}"
+        if at_least > free:
+            raise ModelError(f"this run takes at least {at_least / GIB:.1f} {told}")
+        print(f"This run takes about {about / GIB:.1f} {told}")
+    return config
 
 
 def run_to_the_end(config: Config, loaded: Loaded, log: RunLog, **state) -> None:

@@ -5,15 +5,17 @@ needs for itself, and what an allocator cannot use again, is not in them.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
 
 from transformers import Qwen2_5_VLConfig
 
-from policy import DTYPES, GIB, shape_config
-from policy import parameter_count as count_parameters
+from policy import DTYPES, GIB, parameter_count, shape_config
 from scoring import CHUNK, HEADROOM, activation_bytes
 
 TEXT_TOKENS = 200  # of a prompt: a little more than it has with Qwen's vocabulary
 LIBRARIES = {"cuda": GIB, "cpu": 6 * GIB // 10}  # CUDA context; Python with torch and the others
+EXACT = ("weights", "gradients", "optimizer", "reference", "key-value cache")  # of `estimate`
 SMALLER_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
@@ -50,9 +52,9 @@ def estimate(work: Work, *, free: int | None) -> dict[str, int]:
     As many decoder layers as `free` bytes allow are kept for the backward pass, and the others
     checkpointed, unless `work` names a number; with None all are.
     """
-    config, text = work.config, work.config.text_config
+    text = work.config.text_config
     size, layers = DTYPES[work.dtype].itemsize, text.num_hidden_layers
-    parameters = count_parameters(config) * size
+    parameters = count(work.model) * size
     tokens = work.micro_batch * (work.prompt_tokens + work.group_size * work.max_new_tokens)
     sizes = {
         "weights": parameters,
@@ -74,6 +76,12 @@ def estimate(work: Work, *, free: int | None) -> dict[str, int]:
     live = 1 if checkpointed else 0  # the layer that is being recomputed
     name = f"decoder layers, {checkpointed} of {layers} checkpointed"
     return {**sizes, name: inputs + (layers - checkpointed + live) * per_layer}
+
+
+@lru_cache
+def count(model: str) -> int:
+    """Return a model's number of parameters; it is asked for often."""
+    return parameter_count(shape_config(model))
 
 
 def cache_bytes(work: Work) -> int:
@@ -101,22 +109,26 @@ def logits_bytes(work: Work) -> int:
 
 
 def what_would_fit(work: Work, free: int) -> str | None:
-    """Return the flags, one more after the other, with which `work` fits; None if none help."""
-    changes = [
-        ("--micro-batch 1", {"micro_batch": 1, "layers_to_checkpoint": None}),
-        ("--max-new-tokens 256", {"max_new_tokens": min(256, work.max_new_tokens)}),
-        ("--group-size 4", {"group_size": min(4, work.group_size)}),
-        ("--beta 0", {"reference": False}),
-        (f"--model {SMALLER_MODEL}", {"model": SMALLER_MODEL}),
-    ]
-    flags = []
-    for flag, change in changes:
-        smaller = replace(work, **change)
-        if smaller != work:
-            flags.append(flag)
-        work = smaller
-        if sum(estimate(work, free=None).values()) <= free:
-            return " ".join(flags)
+    """Return the fewest flags with which `work` fits into `free` bytes; None if none help.
+
+    Those that cost least come first: the gradient stays the same with smaller passes, the run is
+    another one with a smaller group, and another model is the last resort.
+    """
+    changes = {
+        "--micro-batch 1": {"micro_batch": 1, "layers_to_checkpoint": None},
+        "--max-new-tokens 256": {"max_new_tokens": min(256, work.max_new_tokens)},
+        "--group-size 4": {"group_size": min(4, work.group_size)},
+        "--beta 0": {"reference": False},
+        f"--model {SMALLER_MODEL}": {"model": SMALLER_MODEL},
+    }
+    useful = [flag for flag, change in changes.items() if replace(work, **change) != work]
+    for count in range(1, len(useful) + 1):
+        for flags in combinations(useful, count):
+            smaller = work
+            for flag in flags:
+                smaller = replace(smaller, **changes[flag])
+            if sum(estimate(smaller, free=None).values()) <= free:
+                return " ".join(flags)
     return None
 
 

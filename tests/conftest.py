@@ -1,6 +1,8 @@
 """A small random Qwen2.5-VL in fp64, and stock transformers as the reference beside it."""
 
 import copy
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,22 @@ def model(processor, monkeypatch):
             else:
                 parameter.mul_(3)
     return model
+
+
+@pytest.fixture
+def file_size_limit():
+    """A disk that fills up: no file may grow beyond so many bytes in the block."""
+
+    @contextmanager
+    def limit(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture
