@@ -50,6 +50,7 @@ from policy import (
     ModelError,
     Prompts,
     encode,
+    first_line,
     free_memory,
     load,
     parameter_count,
@@ -179,6 +180,7 @@ PRESETS = {
 }
 UPDATE_KNOBS = ("loss", "inner_epochs", "temperature", "beta", "clip_eps", "clip_eps_high")
 UPDATE_KNOBS += ("max_grad_norm", "max_new_tokens")
+WORKER_TIMEOUT_S = 300  # a worker that could not hand over its batch would be waited for forever
 LARGEST = 1_000_000_000  # of a whole number without a limit of its own
 ADAM_EPS = 1e-8  # the gradient of one of 8 billion weights is about 1e-5 after clipping
 
@@ -235,7 +237,7 @@ def take_step(
     watch = Stopwatch(torch.cuda.synchronize if config.device == "cuda" else lambda: None)
     set_learning_rate(optimizer, learning_rate(config, step))
 
-    examples, prompts = next(batches)
+    examples, prompts = next_batch(batches)
     watch.lap("prompts_s")
     rollout = collect_rollout(
         sampler,
@@ -258,6 +260,19 @@ def take_step(
     watch.lap("update_s")
     stats["micro_batch"] = passes.micro_batch
     return examples, rollout, step_metrics(config, step, rollout, stats, watch.seconds)
+
+
+def next_batch(
+    batches: Iterator[tuple[list[Example], Prompts]],
+) -> tuple[list[Example], Prompts]:
+    """Return a step's examples and prompts. Raises `Unhealthy` if a worker process has failed."""
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        raise Unhealthy(
+            f"a process that draws plots failed: {first_line(error)}; with --workers 0 they are "
+            f"drawn without it"
+        ) from error
 
 
 def save_checkpoint(
@@ -357,6 +372,7 @@ def make_batches(config: Config, processor, *, first_step: int = 0) -> DataLoade
         batch_size=None,  # an item is a step's batch already
         num_workers=config.workers,
         worker_init_fn=follow_the_parent,
+        timeout=WORKER_TIMEOUT_S if config.workers else 0,
         pin_memory=config.device == "cuda",
     )
 
@@ -520,6 +536,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         usage=argparse.SUPPRESS,
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -808,7 +825,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             described = dataclasses.asdict(config)
             log = new_run(folder, config=described, device=device_name(config.device))
-    except (ValueError, ModelError, RunError, checkpoint.CheckpointError) as error:
+    except (ValueError, OSError, ModelError, RunError, checkpoint.CheckpointError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
