@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from policy import GIB, Loaded, copy_weights, first_line, save_weights
+from policy import GIB, Loaded, ModelError, copy_weights, first_line, save_weights
 
 FAILURES = (OSError, RuntimeError, SafetensorError)  # what the savers raise on a full disk
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
@@ -178,11 +178,12 @@ def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) 
         )
     except CheckpointError:
         raise
+    except ModelError as error:
+        raise CheckpointError(f"damaged checkpoint: {error}") from error
     except UnpicklingError as error:  # its own text tells how to run the code of others
-        raise CheckpointError(
-            f"{checkpoint}: damaged: more than tensors in optimizer.pt"
-        ) from error
-    except Exception as error:  # whatever a damaged file makes the loaders raise
+        problem = f"{checkpoint}: damaged: optimizer.pt holds not just tensors"
+        raise CheckpointError(problem) from error
+    except Exception as error:  # whatever else a damaged file makes the loaders raise
         raise CheckpointError(f"{checkpoint}: damaged: {first_line(error)}") from error
     for part, found in checksums(loaded, optimizer, True).items():
         if found != expected.get(part):

@@ -18,6 +18,7 @@ References:
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -253,6 +254,11 @@ class Passes:
         """Ask for less memory from now on: half the prompts, every layer checkpointed."""
         self.micro_batch = max(1, self.micro_batch // 2)
         self.checkpoint_layers, self.shrunk = ALL_LAYERS, True
+        warnings.warn(
+            f"out of memory: done again, and from here on, with --micro-batch {self.micro_batch} "
+            f"and every layer checkpointed",
+            stacklevel=3,
+        )
 
 
 def within_memory(work: Callable[..., T], *arguments, passes: Passes, **options) -> T:

@@ -98,8 +98,12 @@ def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loa
     return Loaded(policy, frozen, processor)
 
 
-def load_weights(model: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+def load_weights(
+    model: str, dtype: torch.dtype, config: Qwen2_5_VLConfig | None = None
+) -> Qwen2_5_VLForConditionalGeneration:
     """Return the model of a folder or hub id on the host; safetensors only, no code of others.
+
+    With its own config, unless one is given.
 
     Raises `ModelError`, also for weights that are missing or of another shape, which transformers
     would fill with random numbers.
@@ -108,6 +112,7 @@ def load_weights(model: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGene
     try:
         loaded, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             model,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -150,7 +155,7 @@ def copy_weights(folder: Path, model) -> None:
 
     In place, because recorded steps and optimizers know a weight by where it lies.
     """
-    saved = load_weights(str(folder), model.dtype)
+    saved = load_weights(str(folder), model.dtype, copy.deepcopy(model.config))
     for new, old in zip(saved.parameters(), model.parameters(), strict=True):
         old.copy_(new)
 

@@ -11,7 +11,8 @@ from conftest import TINY
 
 import checkpoint
 from checkpoint import CheckpointError, checkpoints_of, restore, save, save_final, whole_folder
-from main import make_config, make_optimizer, make_parser
+from config import make_config, make_parser
+from main import make_optimizer
 from policy import load
 
 PARTS = {"with_optimizer": True, "with_reference": False}

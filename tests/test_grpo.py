@@ -376,7 +376,8 @@ def test_when_memory_runs_out_smaller_passes_give_the_same_gradient(loaded, prom
     failing, seen = out_of_memory(1, grpo.completion_logprobs)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
     passes = Passes(micro_batch=2, checkpoint_layers=0)
-    stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "passes": passes})
+    with pytest.warns(UserWarning, match="--micro-batch 1 and every layer checkpointed"):
+        stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "passes": passes})
     assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
     assert seen == [(2, 0), (1, 0)] + [(1, grpo.ALL_LAYERS)] * 3
     assert (passes.micro_batch, passes.shrunk) == (1, True)
@@ -387,7 +388,8 @@ def test_the_reference_is_scored_in_smaller_passes_too(loaded, prompts, monkeypa
     whole = score_reference(loaded.reference, rollout, passes=Passes(3), temperature=0.8)
     failing, seen = out_of_memory(1, grpo.completion_logprobs)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
-    parts = score_reference(loaded.reference, rollout, passes=Passes(2), temperature=0.8)
+    with pytest.warns(UserWarning, match="out of memory"):
+        parts = score_reference(loaded.reference, rollout, passes=Passes(2), temperature=0.8)
     torch.testing.assert_close(parts.ref_logprobs, whole.ref_logprobs, rtol=0, atol=1e-12)
     assert [size for size, _ in seen] == [2, 1, 1, 1, 1]
 
@@ -396,7 +398,8 @@ def test_memory_that_runs_out_again_is_an_error(loaded, prompts, monkeypatch):
     rollout = collect(loaded, prompts)
     failing, _ = out_of_memory(3, grpo.completion_logprobs)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
-    with pytest.raises(torch.OutOfMemoryError):
+    told = pytest.warns(UserWarning, match="out of memory")
+    with told, pytest.raises(torch.OutOfMemoryError):
         score_reference(loaded.reference, rollout, passes=Passes(2), temperature=0.8)
 
 

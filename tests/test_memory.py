@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import TINY, make_prompts
 
-from main import make_config, make_optimizer, make_parser, make_sampler, work_of
+from config import make_config, make_parser
+from main import make_optimizer, make_sampler, work_of
 from memory import EXACT, SMALLER_MODEL, Work, cache_bytes, estimate, table, what_would_fit
 from policy import GIB, load
 from scoring import activation_bytes

@@ -25,8 +25,9 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "memory": {"policy", "scoring"},
     "evaluate": {"policy", "sampling", "rewards", "shapes", "runlog", "checkpoint"},
     "cold_start": {"policy", "scoring", "rewards", "shapes"},
+    "config": {"grpo", "policy", "rewards", "runlog", "shapes"},
     "main": {
-        *("grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"),
+        *("config", "grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"),
         *("checkpoint", "health", "memory"),
     },
 }

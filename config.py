@@ -1,0 +1,282 @@
+"""Every knob of a run, declared once, and the command line that is made of them."""
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from grpo import LOSSES
+from policy import DTYPES
+from rewards import REASONING_TAGS
+from runlog import RunError, read_description
+from shapes import ShapeSpec, check_image_size
+
+LARGEST = 1_000_000_000  # of a whole number without a limit of its own
+
+
+def knob(default, help: str, *, least=None, above=None, most=None, choices=None, free=False):
+    """Return a dataclass field that also knows its help text and what values it accepts.
+
+    A `free` knob does not change what a run computes, or where it is at: it may be given another
+    value when the run is resumed.
+    """
+    limits = {"least": least, "above": above, "most": most, "choices": choices}
+    return field(default=default, metadata={"help": help, "free": free, **limits})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The command line is made from these fields."""
+
+    # model
+    model: str = knob("Qwen/Qwen2.5-VL-7B-Instruct", "folder or hub id of a Qwen2.5-VL")
+    device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = knob("auto", "auto: bfloat16 on cuda", choices=("auto", *DTYPES))
+    checkpoint_layers: str = knob(
+        "auto",
+        "layers recomputed in the backward pass, a number; auto: as few as memory allows",
+        free=True,
+    )
+    # task
+    min_size: float = knob(20.0, "smallest dimension, grid units", above=0)
+    max_size: float = knob(35.0, "largest dimension, grid units", above=0)
+    rotate: bool = knob(False, "turn the shapes")
+    max_rotation: float = knob(45.0, "largest turn to either side, degrees", least=0, most=180)
+    image_size: int = knob(224, "side of the picture, pixels, a multiple of 28", least=28)
+    reasoning_tag: str = knob("reasoning", "tag asked for and rewarded", choices=REASONING_TAGS)
+    # rollout
+    steps: int = knob(750, "rollouts, each followed by an update", least=1, free=True)
+    prompts_per_step: int = knob(4, "plots per step", least=1)
+    group_size: int = knob(8, "completions per plot, compared with each other", least=2)
+    max_new_tokens: int = knob(512, "limit of a completion; longer ones are cut off", least=1)
+    temperature: float = knob(1.0, "of sampling and of scoring", least=0.01)
+    # algorithm
+    loss: str = knob(
+        "grpo", "how tokens are averaged: see token_weights in grpo.py", choices=LOSSES
+    )
+    beta: float = knob(0.05, "weight of the KL penalty; 0: no reference is loaded", least=0)
+    clip_eps: float = knob(0.2, "lower clip of the ratio, 1 - eps", above=0, most=1)
+    clip_eps_high: float = knob(0.2, "upper clip of the ratio, 1 + eps", above=0)
+    inner_epochs: int = knob(1, "updates per rollout", least=1)
+    sync_reference_every: int = knob(0, "steps between moves of the reference; 0: never", least=0)
+    reference_mix: float = knob(0.6, "policy's share in such a move", above=0, most=1)
+    # optimizer
+    lr: float = knob(2e-6, "learning rate after the warm-up", above=0)
+    warmup_steps: int = knob(20, "steps of linear warm-up", least=0)
+    adam_beta1: float = knob(0.9, "decay of AdamW's first moment", least=0, most=0.9999)
+    adam_beta2: float = knob(0.99, "decay of AdamW's second moment", least=0, most=0.9999)
+    weight_decay: float = knob(
+        0.0, "of AdamW; on bf16 weights lr * decay below 0.002 rounds to 0", least=0
+    )
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", above=0)
+    micro_batch: int = knob(
+        4, "prompts per backward pass; memory only, same gradient", least=1, free=True
+    )
+    # run
+    seed: int = knob(0, "of examples and samples", least=0)
+    workers: int = knob(
+        1, "processes that draw and encode plots ahead; 0: none", least=0, most=256, free=True
+    )
+    name: str = knob("", "run folder in --runs; empty: named after the preset or model")
+    runs: str = knob("runs", "folder of all run folders")
+    save_every: int = knob(
+        100, "steps between checkpoints; 0: only when the run is stopped", least=0, free=True
+    )
+    keep: int = knob(1, "checkpoints kept, the newest", least=1, free=True)
+    save_optimizer: bool = knob(
+        True, "in checkpoints: resuming needs it; without, they take a quarter", free=True
+    )
+    log_every: int = knob(10, "steps between two lines on the terminal", least=1, free=True)
+    sample_every: int = knob(10, "steps between two entries of samples.jsonl", least=1)
+    eval_every: int = knob(50, "steps between held-out evaluations; 0: none", least=0)
+    eval_examples: int = knob(64, "held-out examples of an evaluation", least=1)
+
+    @property
+    def spec(self) -> ShapeSpec:
+        """The shapes to draw."""
+        rotation = self.max_rotation if self.rotate else 0.0
+        return ShapeSpec(self.min_size, self.max_size, rotation)
+
+    @property
+    def layers_to_checkpoint(self) -> int | None:
+        """`checkpoint_layers` as a number; None: as few as memory allows."""
+        return None if self.checkpoint_layers == "auto" else int(self.checkpoint_layers)
+
+
+PRESETS = {
+    "default": {},
+    "tiny": {
+        "model": str(Path(__file__).resolve().parent / "tiny"),
+        "steps": 200,
+        "prompts_per_step": 8,
+        "max_new_tokens": 48,
+        "beta": 0.02,
+        "lr": 1.5e-4,
+        "warmup_steps": 10,
+        "micro_batch": 8,
+        "workers": 0,
+        "save_every": 50,
+    },
+}
+
+
+# --- command line -----------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line, whatever a flag's value holds."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with 2."""
+        super().error(" ".join(message.split()))
+
+
+def make_parser(description: str = "") -> argparse.ArgumentParser:
+    """Return the command line made from `Config`; flags left out do not appear in the result."""
+    parser = OneLineParser(
+        usage=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="values that suit a model (default: default)"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with a run, from its newest checkpoint and with its own flags",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show what memory and disk the run takes, and stop",
+    )
+    for knob_field in dataclasses.fields(Config):
+        options = {"help": f"{knob_field.metadata['help']} ({default_text(knob_field)})"}
+        if knob_field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = knob_field.type
+            options["choices"] = knob_field.metadata["choices"]
+            if not options["choices"]:
+                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[knob_field.type]
+        parser.add_argument(flag_of(knob_field.name), **options)
+    return parser
+
+
+def default_text(knob_field: dataclasses.Field) -> str:
+    """Return a knob's default for its help text, and the preset's where it differs."""
+    text = f"default: {knob_field.default}"
+    if knob_field.name != "model" and knob_field.name in PRESETS["tiny"]:
+        text += f"; tiny: {PRESETS['tiny'][knob_field.name]}"
+    return text.replace("%", "%%")
+
+
+def make_config(arguments: argparse.Namespace) -> Config:
+    """Return the run's knobs: defaults, under the preset's values, under the flags that were given.
+
+    With --resume, the run's own take the place of defaults and preset. Raises `ValueError`, in one
+    line, for a value that is not accepted.
+    """
+    given = vars(arguments).copy()
+    given.pop("dry_run", None)
+    run, preset = given.pop("resume", None), given.pop("preset", None)
+    if run is None:
+        config = Config(**{**PRESETS[preset or "default"], **given})
+        check(config, given)
+        return config
+    if preset is not None:
+        raise ValueError(f"--preset {preset}: a run is resumed with its own flags")
+    saved = saved_config(run)
+    check_same_run(saved, given)
+    config = dataclasses.replace(saved, **given)
+    check(config, {})
+    return config
+
+
+def saved_config(run: Path) -> Config:
+    """Return the knobs in a run's config.json. Raises `ValueError` if there are none to go on."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"--resume {run}: not a run folder, there is no config.json in it")
+    if not os.access(run, os.W_OK):
+        raise ValueError(f"--resume {run}: cannot be written to")
+    try:
+        values = read_description(run)["config"]
+        types = {knob_field.name: knob_field.type for knob_field in dataclasses.fields(Config)}
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{name} is not a knob of this version")
+            if type(value) is not types[name] and (types[name], type(value)) != (float, int):
+                raise ValueError(f"{name} must be a {types[name].__name__}, not {value!r}")
+        config = Config(**values)
+        check(config, {})
+    except (RunError, ValueError) as error:
+        raise ValueError(f"--resume {run}: config.json: {error}") from error
+    return config
+
+
+def check_same_run(saved: Config, given: dict) -> None:
+    """Raise `ValueError` for a flag that would make a resumed run another one."""
+    knobs = dataclasses.fields(Config)
+    free = [knob_field.name for knob_field in knobs if knob_field.metadata["free"]]
+    for name, value in given.items():
+        was = getattr(saved, name)
+        if name not in free and value != was:
+            allowed = ", ".join(map(flag_of, free))
+            raise ValueError(
+                f"{flag_of(name)} {value}: the run has {was}, and would become another one. What "
+                f"may change with --resume: {allowed}"
+            )
+
+
+def check(config: Config, given: dict) -> None:
+    """Raise `ValueError` for values out of range, or that do not go together with those `given`."""
+    for knob_field in dataclasses.fields(Config):
+        check_limits(knob_field, getattr(config, knob_field.name))
+    if not re.fullmatch(r"auto|[0-9]{1,6}", config.checkpoint_layers):
+        raise ValueError(
+            f"--checkpoint-layers {config.checkpoint_layers}: must be a number of layers or auto"
+        )
+    if "max_rotation" in given and not config.rotate:
+        raise ValueError("--max-rotation: has no effect without --rotate")
+    if "reference_mix" in given and not config.sync_reference_every:
+        raise ValueError("--reference-mix: has no effect without --sync-reference-every")
+    if config.sync_reference_every and config.beta == 0:
+        raise ValueError("--sync-reference-every: there is no reference with --beta 0")
+    check_image_size(config.image_size)
+    _ = config.spec  # refuses shapes that do not fit
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a knob."""
+    return "--" + name.replace("_", "-")
+
+
+def check_limits(knob_field: dataclasses.Field, value) -> None:
+    """Raise `ValueError`, naming flag, value and what is accepted, for a value out of range."""
+    choices = knob_field.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{flag_of(knob_field.name)} {value}: must be one of {', '.join(choices)}")
+    if not isinstance(value, int | float):
+        return
+    least, above, most = (knob_field.metadata[name] for name in ("least", "above", "most"))
+    if most is None and isinstance(value, int):
+        most = LARGEST
+    in_range = (
+        (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and math.isfinite(value)
+    )
+    if not in_range:
+        bounds = [("at least", least), ("above", above), ("at most", most)]
+        accepted = " and ".join(f"{word} {bound:,}" for word, bound in bounds if bound is not None)
+        finite = "" if isinstance(value, int) else ", and finite"
+        raise ValueError(f"{flag_of(knob_field.name)} {value}: must be {accepted}{finite}")

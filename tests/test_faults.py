@@ -1,0 +1,389 @@
+"""Whole runs that die, are stopped, or are damaged: what they leave, and how they go on.
+
+A death is played in this process: nothing is cleaned up after it, as nothing is after SIGKILL.
+`benchmarks/faults.py` kills real processes, a hundred times, at random moments.
+"""
+
+import gc
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import checkpoint
+import evaluate
+import health
+import main
+from runlog import RunError, RunLog, new_run
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import faults  # noqa: E402
+
+FLAGS = "--preset tiny --device cpu --steps 5 --prompts-per-step 2 --group-size 2 --image-size 84"
+FLAGS += " --save-every 2 --eval-every 2 --eval-examples 2 --sample-every 1"
+FLAGS += " --sync-reference-every 2"
+ALL_LINES = {"metrics": 5, "evaluations": 4, "samples": 5}
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def start(runs: Path, name: str, *flags: str) -> Path:
+    main.main([*FLAGS.split(), "--runs", str(runs), "--name", name, *flags])
+    return runs / name
+
+
+def resume(run: Path, *flags: str) -> None:
+    gc.collect()  # closes the files of a run that has died
+    main.main(["--resume", str(run), *flags])
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Return the one line with which a command line is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main(list(arguments))
+    lines = capsys.readouterr().err.splitlines()  # with those of progress bars
+    errors = [line for line in lines if line.strip() and "Loading weights" not in line]
+    assert stop.value.code == 2
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing happened to."""
+    run = start(tmp_path_factory.mktemp("runs"), "whole")
+    assert {name: len(lines) for name, lines in faults.curves(run).items()} == ALL_LINES
+    return run
+
+
+# --- death --------------------------------------------------------------------------------
+
+
+def kill_at_call(monkeypatch, owner, name: str, number: int) -> None:
+    """Let the process die at the start of the call of that number, counted from 1."""
+    function, calls = getattr(owner, name), count(1)
+
+    def dying(*arguments, **options):
+        if next(calls) == number:
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead do not tidy up
+            raise Killed
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "goes_on_after"),
+    [
+        (main, "take_step", 1, 0),
+        (main, "log_step", 2, 0),  # before the first checkpoint
+        (main, "take_step", 4, 2),
+        (main, "log_step", 4, 2),  # the fourth step is done, its line is not written
+        (main, "evaluate_and_log", 3, 2),  # its line is written
+        (checkpoint, "save_weights", 3, 2),  # two models in each checkpoint: the second begins
+        (checkpoint, "save_weights", 4, 2),  # the reference's turn
+        (torch, "save", 2, 2),  # the optimizer's
+        (checkpoint, "flush", 20, 2),  # all is written, perhaps not to the disk itself
+        (checkpoint, "discard", 1, 4),  # the second is whole, the first still there
+        (checkpoint, "save_final", 1, 5),
+    ],
+)
+def test_wherever_it_dies_a_run_goes_on_bit_for_bit(
+    whole, tmp_path, monkeypatch, capsys, owner, name, call, goes_on_after
+):
+    kill_at_call(monkeypatch, owner, name, call)
+    with pytest.raises(Killed):
+        start(tmp_path, "killed")
+    monkeypatch.undo()
+    resume(tmp_path / "killed")
+    assert f"goes on after {goes_on_after} steps" in capsys.readouterr().out
+    assert faults.is_same(tmp_path / "killed", whole)
+    left = {path.name for path in (tmp_path / "killed").glob("**/.*")}
+    assert left == set()
+
+
+def test_a_line_that_was_being_written_is_written_anew(whole, tmp_path, monkeypatch):
+    kill_at_call(monkeypatch, main, "take_step", 4)
+    with pytest.raises(Killed):
+        start(tmp_path, "killed")
+    monkeypatch.undo()
+    for name in faults.LOGS:
+        path = tmp_path / "killed" / f"{name}.jsonl"
+        path.write_bytes(path.read_bytes() + b'{"step": 3, "rew')
+    resume(tmp_path / "killed")
+    assert faults.is_same(tmp_path / "killed", whole)
+
+
+def test_a_real_process_that_is_killed(whole, tmp_path):
+    flags = [*FLAGS.split(), "--runs", str(tmp_path), "--name", "killed", "--workers", "1"]
+    command = [sys.executable, str(ROOT / "main.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while faults.lines_of(tmp_path / "killed") < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    resume(tmp_path / "killed", "--workers", "0")
+    assert faults.is_same(tmp_path / "killed", whole)
+
+
+# --- stopping -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(whole, tmp_path_factory) -> Path:
+    """A run that was sent SIGTERM in its third step."""
+    runs, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
+    update, calls = main.update, count(1)
+
+    def interrupted(*arguments, **options):
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return update(*arguments, **options)
+
+    patch.setattr(main, "update", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        start(runs, "stopped")
+    patch.undo()
+    assert stop.value.code == 128 + signal.SIGTERM
+    return runs / "stopped"
+
+
+def test_a_signal_lets_the_step_finish_and_saves_it(stopped):
+    assert [path.name for path in checkpoint.checkpoints_of(stopped)] == ["step-000003"]
+    assert faults.lines_of(stopped) == 3
+    assert not (stopped / "final").exists()
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(whole, stopped, tmp_path):
+    run = copy_of(stopped, tmp_path)
+    resume(run)
+    assert faults.is_same(run, whole)
+    description = json.loads((run / "config.json").read_text())
+    assert [entry["steps_done"] for entry in description["resumed"]] == [3]
+    assert description["config"] == json.loads((whole / "config.json").read_text())["config"] | {
+        "runs": description["config"]["runs"],
+        "name": "stopped",
+    }
+
+
+def test_steps_may_grow(whole, stopped, tmp_path):
+    longer = start(tmp_path, "longer", "--steps", "7")
+    run = copy_of(whole, tmp_path)
+    resume(run, "--steps", "7", "--keep", "3")
+    assert faults.curves(run)["metrics"] == faults.curves(longer)["metrics"]
+    assert json.loads((run / "config.json").read_text())["config"]["steps"] == 7
+    names = [path.name for path in checkpoint.checkpoints_of(run)]
+    assert names == ["step-000005", "step-000006", "step-000007"]
+
+
+def test_a_run_without_its_end_is_evaluated_at_its_newest_checkpoint(stopped, tmp_path, capsys):
+    evaluate.main([str(stopped), "--examples", "2", "--plot", str(tmp_path / "plot.png")])
+    assert "all " in capsys.readouterr().out
+
+
+# --- what is refused ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--lr 1e-3", "--lr 0.001: the run has 0.00015, and would become another one"),
+        ("--seed 1", "--seed 1: the run has 0"),
+        ("--preset tiny", "--preset tiny: a run is resumed with its own flags"),
+        ("--steps 2", "3 steps are done; must be more: --steps 2"),
+        ("--steps 0", "--steps 0: must be at least 1"),
+        ("--rotate", "--rotate True: the run has False"),
+        ("--name other", "--name other: the run has stopped"),
+    ],
+)
+def test_flags_that_would_make_it_another_run(stopped, capsys, flags, told):
+    before = tree(stopped)
+    assert told in refused(capsys, "--resume", str(stopped), *flags.split())
+    assert tree(stopped) == before
+
+
+def test_a_run_that_is_done(whole, capsys):
+    assert "5 steps are done" in refused(capsys, "--resume", str(whole))
+
+
+def edit_config(run: Path, **changes) -> None:
+    path = run / "config.json"
+    description = json.loads(path.read_text())
+    description["config"] |= changes
+    path.write_text(json.dumps(description))
+
+
+def edit_line(run: Path, number: int, text: str) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[number] = text
+    path.write_text("\n".join(lines) + "\n")
+
+
+def newest_of(run: Path) -> Path:
+    return checkpoint.checkpoints_of(run)[-1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda run: (run / "config.json").unlink(), "not a run folder"),
+        (lambda run: (run / "config.json").write_text('{"config": '), "config.json"),
+        (lambda run: (run / "config.json").write_text("[1]"), "config.json"),
+        (lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json"),
+        (lambda run: edit_config(run, steps="many"), "steps must be a int, not 'many'"),
+        (lambda run: edit_config(run, beta=-1.0), "--beta -1.0: must be at least 0"),
+        (lambda run: edit_config(run, loss="ppo"), "--loss ppo: must be one of"),
+        (lambda run: edit_config(run, future=1), "future is not a knob of this version"),
+        (lambda run: edit_line(run, 1, "{"), "metrics.jsonl: line 2 is damaged"),
+        (lambda run: edit_line(run, 1, "{}"), "metrics.jsonl: line 2 is damaged"),
+        (lambda run: edit_line(run, 1, '{"step": 0}'), "does not hold the 3 steps"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "does not hold the 3 steps"),
+        (lambda run: (newest_of(run) / "state.json").write_text("?"), "state.json: damaged"),
+        (lambda run: (newest_of(run) / "optimizer.pt").unlink(), "no optimizer state"),
+        (lambda run: (newest_of(run) / "optimizer.pt").write_bytes(b"?"), "damaged"),
+        (lambda run: (newest_of(run) / "model.safetensors").write_bytes(b"?"), "damaged"),
+    ],
+)
+def test_damage_is_told_in_one_line_and_nothing_is_touched(stopped, tmp_path, capsys, damage, told):
+    run = copy_of(stopped, tmp_path)
+    damage(run)
+    before = tree(run)
+    assert told in refused(capsys, "--resume", str(run))
+    assert tree(run) == before
+
+
+def test_another_model_in_the_folder_of_the_first(whole, tmp_path, capsys):
+    """A fixed reference is not saved: it must be the one the run has had."""
+    model = Path(shutil.copytree(TINY, tmp_path / "model"))
+    run = start(tmp_path, "some", "--model", str(model), "--sync-reference-every", "0")
+    shutil.copy(whole / "final" / "model.safetensors", model / "model.safetensors")
+    told = refused(capsys, "--resume", str(run), "--steps", "6")
+    assert "not the one this run was started from" in told
+
+
+def test_a_run_that_another_process_writes(stopped, tmp_path, capsys):
+    run = copy_of(stopped, tmp_path)
+    log = RunLog(run)
+    assert "another process is writing this run" in refused(capsys, "--resume", str(run))
+    log.close()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be made"):
+        new_run(tmp_path / "file" / "run", config={}, device="cpu")
+
+
+# --- full disks ---------------------------------------------------------------------------
+
+
+def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, file_size_limit, capsys):
+    log = new_run(tmp_path / "run", config={}, device="cpu")
+    path = tmp_path / "run" / "metrics.jsonl"
+    log.write("metrics", {"step": 0})
+    with file_size_limit(path.stat().st_size + 5):
+        log.write("metrics", {"step": 1})
+        log.write("metrics", {"step": 2})
+        assert path.read_text() == '{"step": 0}\n{"ste'
+        with pytest.raises(OSError, match="too large"):
+            log.sync()  # so no checkpoint is saved either
+    assert "log lines wait in memory" in capsys.readouterr().err
+    log.write("metrics", {"step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_a_run_goes_on_without_the_checkpoints_that_do_not_fit(
+    whole, tmp_path, capsys, file_size_limit
+):
+    with file_size_limit(15_000_000):  # the optimizer's moments take more
+        run = start(tmp_path, "full")
+    assert capsys.readouterr().out.count("no checkpoint was saved") == 3
+    assert list((run / "checkpoints").iterdir()) == []
+    assert faults.is_same(run, whole)
+
+
+# --- numbers and memory -------------------------------------------------------------------
+
+
+def test_a_run_whose_numbers_go_wrong_stops_with_the_policy_as_it_was(
+    tmp_path, monkeypatch, capsys
+):
+    def spoiled(config, examples, text, prompt_index):
+        reward = judge(config, examples, text, prompt_index)
+        return main.dataclasses.replace(reward, area_correctness=float("nan"))
+
+    judge = main.judge
+    monkeypatch.setattr(main, "judge", spoiled)
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path, "spoiled", "--steps", "9", "--eval-every", "0")
+    assert "reward not finite in 5 steps in a row" in stop.value.code
+    assert "step 3: skipped, not finite: reward" in capsys.readouterr().out
+    run = tmp_path / "spoiled"
+    assert f"Last checkpoint: {run / 'checkpoints' / 'step-000004'}" in stop.value.code
+    lines = faults.curves(run)["metrics"]
+    assert [(line["skipped"], line["not_finite"]) for line in lines] == [(1, "reward")] * 5
+    assert lines[0]["reward_mean"] is None
+
+
+def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
+    scoring, calls = main.update.__globals__["completion_logprobs"], count(1)
+
+    def failing(*arguments, **options):
+        if next(calls) in (4, 12):  # the policy's pass in the second step, and a later one
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scoring(*arguments, **options)
+
+    monkeypatch.setitem(main.update.__globals__, "completion_logprobs", failing)
+    told = pytest.warns(UserWarning, match="out of memory: done again, .* --micro-batch 1 and")
+    with told, pytest.raises(SystemExit) as stop:
+        start(tmp_path, "full", "--micro-batch", "2")
+    assert "--micro-batch 1 --checkpoint-layers 4, --max-new-tokens, --group" in stop.value.code
+    lines = faults.curves(tmp_path / "full")["metrics"]
+    assert [line["micro_batch"] for line in lines] == [2, 1, 1]
+
+
+# --- input and text -----------------------------------------------------------------------
+
+
+def test_bad_command_lines_are_refused_in_one_line_each(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refusals, _ = faults.refused_lines(50)
+    assert refusals == 50
+
+
+def test_hostile_completions_are_judged_and_logged():
+    completions = list(faults.hostile_completions(500))
+    assert any(len(completion) > 2**20 - 100 for completion in completions)
+    for completion in completions:
+        faults.judge(completion)
+
+
+def test_a_worker_that_fails_is_told():
+    def batches():
+        raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly\nmore of it")
+        yield
+
+    with pytest.raises(health.Unhealthy, match="exited unexpectedly; with --workers 0"):
+        main.next_batch(batches())
