@@ -214,11 +214,13 @@ def saved_config(run: Path) -> Config:
             if name not in types:
                 raise ValueError(f"{name} is not a knob of this version")
             if type(value) is not types[name] and (types[name], type(value)) != (float, int):
-                raise ValueError(f"{name} must be a {types[name].__name__}, not {value!r}")
+                raise ValueError(f"{name} must be of type {types[name].__name__}, not {value!r}")
         config = Config(**values)
         check(config, {})
-    except (RunError, ValueError) as error:
-        raise ValueError(f"--resume {run}: config.json: {error}") from error
+    except RunError as error:
+        raise ValueError(f"--resume {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--resume {run / 'config.json'}: {error}") from error
     return config
 
 

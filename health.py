@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import statistics
 import threading
 import time
@@ -20,12 +21,13 @@ class Unhealthy(Exception):
 
 
 class StopSignal:
-    """Makes Ctrl-C and SIGTERM a wish: `number` says which came, and the step is finished first.
+    """Makes Ctrl-C, SIGTERM and a closed terminal a wish: the step is finished first.
 
-    A second one ends the process at once. A context manager, for the time of the training loop.
+    `number` says which came. A second one ends the process at once. A context manager, for the time
+    of the training loop.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -43,8 +45,18 @@ class StopSignal:
         self.number = number
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            leave_terminal()
         # not print: a handler may run in the middle of another print
         os.write(2, b"\nStopping: the step is finished and saved first. Once more stops at once.\n")
+
+
+def leave_terminal() -> None:
+    """Send what would be written to the terminal, which is gone, to nowhere; files stay."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
 
 
 def follow_the_parent(_: int) -> None:

@@ -9,6 +9,7 @@ python main.py --resume runs/RUN     # go on where a run was stopped or killed
 """
 
 import dataclasses
+import math
 import os
 import resource
 import shutil
@@ -68,6 +69,8 @@ from shapes import Example, make_example
 UPDATE_KNOBS = ("loss", "inner_epochs", "temperature", "beta", "clip_eps", "clip_eps_high")
 UPDATE_KNOBS += ("max_grad_norm", "max_new_tokens")
 WORKER_TIMEOUT_S = 300  # a worker that could not hand over its batch would be waited for forever
+RUNS_ANYWHERE = "What runs here: python main.py --preset tiny"
+NOTHING = "nothing that takes a few flags only"
 ADAM_EPS = 1e-8  # the gradient of one of 8 billion weights is about 1e-5 after clipping
 
 
@@ -192,6 +195,8 @@ def how_to_go_on(run: Path) -> str:
     saved = checkpoint.checkpoints_of(run)
     if not saved:
         return f"No checkpoint yet: python main.py --resume {run} starts the run again"
+    if not (saved[-1] / "optimizer.pt").is_file():
+        return f"Its weights: {saved[-1]}, from which a new run can start (--model)"
     return f"Last checkpoint: {saved[-1]}. To go on: python main.py --resume {run}"
 
 
@@ -490,10 +495,10 @@ def work_of(config: Config) -> Work:
 
 
 def report_needs(config: Config, folder: Path) -> bool:
-    """Print what memory and disk a run takes; return whether this machine has it."""
+    """Print what memory and disk a run takes; return whether this machine has the memory."""
     work = work_of(config)
     has_device = work.device == "cpu" or torch.cuda.is_available()
-    free = free_memory(torch.device(work.device))[0] if has_device else None
+    free = free_memory(torch.device(work.device))[0] if has_device else 0
     sizes = estimate(work, free=free)
     total = sum(sizes.values())
     print(
@@ -503,34 +508,29 @@ def report_needs(config: Config, folder: Path) -> bool:
     )
     print(table(sizes))
     print(f"  {'free':<40}" + (f"{free / GIB:>9.2f} GiB" if has_device else "   no CUDA GPU found"))
-    weights = sizes["weights"]
-    copies = checkpoint.copies(DTYPES[work.dtype], **what_is_saved(config))
-    room = shutil.disk_usage(next(path for path in folder.absolute().parents if path.exists())).free
-    print(
-        f"Disk: {copies * weights / GIB:.2f} GiB a checkpoint, {config.keep} kept and one being "
-        f"written, {weights / GIB:.2f} GiB for final/; {room / GIB:.2f} GiB are free"
-    )
+    print(disk_needs(config, folder)[0])
     if has_device and total <= free:
         print("It fits.")
-        return True
-    if not has_device:
-        print(f"It needs a CUDA GPU with {total / GIB:.0f} GiB free.", end=" ")
-    flags = what_would_fit(work, free) if has_device else None
-    what = f"What would: {flags}" if flags else "What runs here: python main.py --preset tiny"
-    print(f"It does not fit. {what}" if has_device else what)
-    return False
+    elif has_device:
+        print(f"It does not fit. What would: {what_would_fit(work, free) or NOTHING}")
+    else:
+        print(f"It takes a CUDA GPU with {total / GIB:.0f} GiB free. {RUNS_ANYWHERE}")
+    return has_device and total <= free
 
 
-def warn_of_full_disk(config: Config, policy, folder: Path) -> None:
-    """Print a warning if there is no room for a checkpoint now."""
-    needed = checkpoint.checkpoint_bytes(policy, **what_is_saved(config))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        print(
-            f"{folder}: a checkpoint takes {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free: "
-            f"none will be saved until there is room. --no-save-optimizer: smaller ones, from "
-            f"which a run cannot be resumed"
-        )
+def disk_needs(config: Config, folder: Path) -> tuple[str, bool]:
+    """Return what a run writes, in one line, and whether there is room for it."""
+    work = work_of(config)
+    weights = estimate(work, free=None)["weights"]
+    each = weights * checkpoint.copies(DTYPES[work.dtype], **what_is_saved(config))
+    saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
+    at_once = min(config.keep + 1, saves)  # an old one goes when the new one is whole
+    free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.exists())).free
+    text = (
+        f"Disk: {each / GIB:.2f} GiB a checkpoint, up to {at_once} at once, and "
+        f"{weights / GIB:.2f} GiB for final/; {free / GIB:.2f} GiB are free"
+    )
+    return text, at_once * each + weights <= free
 
 
 # --- main -------------------------------------------------------------------------------
@@ -560,7 +560,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    warn_of_full_disk(config, loaded.policy, folder)
+    needs, has_room = disk_needs(config, folder)
+    if not has_room:
+        print(f"{needs}. What finds no room is left out. Less: --no-save-optimizer (no resuming)")
     run_to_the_end(config, loaded, log, optimizer=optimizer, steps_done=steps_done)
     print(f"{folder}: done. Next: python plot_rewards.py {folder} ; python evaluate.py {folder}")
 
@@ -583,7 +585,7 @@ def placed(config: Config) -> Config:
     sizes = estimate(work, free=free)
     at_least, about = sum(sizes[name] for name in EXACT), sum(sizes.values())
     if about > free:
-        flags = what_would_fit(work, free) or "nothing that only takes a few flags"
+        flags = what_would_fit(work, free) or NOTHING
         told = f"GiB, {free / GIB:.1f} are free on {device}. What would fit: {flags}"
         if at_least > free:
             raise ModelError(f"this run takes at least {at_least / GIB:.1f} {told}")

@@ -1,7 +1,7 @@
 """What a run survives: kills, a full disk, bad command lines, hostile completions. Prints a table.
 
     pip install -r requirements-dev.txt
-    python benchmarks/faults.py               # about 20 minutes on 2 cores
+    python benchmarks/faults.py               # about 13 minutes on 2 cores
     python benchmarks/faults.py --kills 3     # one part less long
 
 Runs are those of the tiny model, 12 steps of 2 prompts x 4 completions, saved after every second.

@@ -4,6 +4,7 @@ A death is played in this process: nothing is cleaned up after it, as nothing is
 `benchmarks/faults.py` kills real processes, a hundred times, at random moments.
 """
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from itertools import count
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import checkpoint
 import evaluate
 import health
 import main
+from config import make_config, make_parser
 from runlog import RunError, RunLog, new_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,7 +255,7 @@ def newest_of(run: Path) -> Path:
         (lambda run: (run / "config.json").write_text('{"config": '), "config.json"),
         (lambda run: (run / "config.json").write_text("[1]"), "config.json"),
         (lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json"),
-        (lambda run: edit_config(run, steps="many"), "steps must be a int, not 'many'"),
+        (lambda run: edit_config(run, steps="many"), "steps must be of type int, not 'many'"),
         (lambda run: edit_config(run, beta=-1.0), "--beta -1.0: must be at least 0"),
         (lambda run: edit_config(run, loss="ppo"), "--loss ppo: must be one of"),
         (lambda run: edit_config(run, future=1), "future is not a knob of this version"),
@@ -324,6 +327,36 @@ def test_a_run_goes_on_without_the_checkpoints_that_do_not_fit(
     assert faults.is_same(run, whole)
 
 
+def test_too_little_room_is_told_at_the_start(tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 60 * 2**20))
+    config = make_config(make_parser().parse_args([*FLAGS.split(), "--keep", "1"]))
+    text, has_room = main.disk_needs(config, tmp_path / "run")
+    assert has_room is False  # 2 x 42.7 MiB, a reference in each, and 10.7 MiB
+    assert text == (
+        "Disk: 0.04 GiB a checkpoint, up to 2 at once, and 0.01 GiB for final/; 0.06 GiB are free"
+    )
+    smaller = dataclasses.replace(config, save_optimizer=False)
+    assert main.disk_needs(smaller, tmp_path / "run")[1] is True
+    start(tmp_path, "full", "--steps", "3", "--eval-every", "0")
+    assert "What finds no room is left out" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_what_it_takes_and_leaves_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path, "dry", "--dry-run")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "It fits." in text
+    assert "a checkpoint" in text
+    assert not list(tmp_path.iterdir())
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as stop:
+            main.main(["--dry-run"])
+        assert stop.value.code == 2
+        assert "takes a CUDA GPU with 108 GiB free" in capsys.readouterr().out
+
+
 # --- numbers and memory -------------------------------------------------------------------
 
 
@@ -332,7 +365,7 @@ def test_a_run_whose_numbers_go_wrong_stops_with_the_policy_as_it_was(
 ):
     def spoiled(config, examples, text, prompt_index):
         reward = judge(config, examples, text, prompt_index)
-        return main.dataclasses.replace(reward, area_correctness=float("nan"))
+        return dataclasses.replace(reward, area_correctness=float("nan"))
 
     judge = main.judge
     monkeypatch.setattr(main, "judge", spoiled)

@@ -112,7 +112,7 @@ def test_less_than_a_collapse_is_not(change):
 # --- signals ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(number, capfd):
     before = signal.getsignal(number)
     with StopSignal() as stop:

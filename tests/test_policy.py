@@ -1,8 +1,12 @@
 """policy.py: prompts, loading, and what a machine without the means is told."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TINY, make_prompts, stock
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
 import policy
@@ -105,6 +109,47 @@ def test_bf16_loading_keeps_the_rotary_frequencies_in_fp32():
     model = load(TINY, device="cpu", dtype="bfloat16").policy
     assert model.dtype == torch.bfloat16
     assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def replace_weight(folder: Path, value: torch.Tensor | None) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.mlp.gate_proj.weight"))
+    weights[name] = value
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda at: replace_weight(at, None), "1 weights are missing, as .*layers.0.mlp.gate_proj"),
+        (lambda at: replace_weight(at, torch.ones(1)), "cannot be loaded"),
+        (lambda at: (at / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda at: (at / "model.safetensors").write_bytes(b"\xff" * 100), "cannot be loaded"),
+        (lambda at: (at / "config.json").write_text("{"), "no readable model"),
+        (lambda at: (at / "config.json").write_text("{}"), "no readable model"),
+        (lambda at: (at / "tokenizer.json").unlink(), "the tokenizer is incomplete"),
+        (lambda at: (at / "tokenizer.json").write_text("{"), "cannot be loaded"),
+        (lambda at: (at / "generation_config.json").write_text("{"), "cannot be loaded"),
+        (lambda at: (at / "processor_config.json").unlink(), "cannot be loaded"),
+        (lambda at: (at / "chat_template.jinja").write_text("{{ broken"), "cannot be loaded"),
+        (lambda at: (at / "chat_template.jinja").write_text("no image"), "cannot be loaded"),
+    ],
+)
+def test_a_damaged_folder_is_told_in_one_line(tmp_path, damage, told):
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(ModelError, match=told) as refusal:
+        load(str(folder), device="cpu", dtype="float32")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(folder), device="cpu", dtype="float32")
 
 
 def test_a_model_with_sliding_windows_is_refused(model):
