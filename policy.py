@@ -141,8 +141,8 @@ def check_fit(model: str, processor, policy) -> None:
         raise ValueError("the tokenizer is incomplete")
     prompts = encode(processor, [Image.new("RGB", (56, 56))], system="", prompt=text)
     is_image = prompts.input_ids == policy.config.image_token_id
-    if not torch.equal(is_image, prompts.mm_token_type_ids == IMAGE_TYPE):
-        raise ValueError("tokenizer and config.json disagree on the image token")
+    if not is_image.any() or not torch.equal(is_image, prompts.mm_token_type_ids == IMAGE_TYPE):
+        raise ValueError("tokenizer, chat template and config.json disagree on the image token")
     if os.path.exists(os.path.join(model, "generation_config.json")):
         GenerationConfig.from_pretrained(model)
     if policy.generation_config.eos_token_id is None:
