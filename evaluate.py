@@ -183,7 +183,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the command line. Task flags left out are those of the run, or the defaults."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
-        description="Evaluate a run's final model, or any Qwen2.5-VL, on held-out examples. "
+        description="Evaluate a run's final model (or newest checkpoint), or any Qwen2.5-VL, on "
+        "held-out examples. "
         "Task flags that are left out are the run's own.",
     )
     parser.add_argument("target", metavar="RUN_OR_MODEL", help="run folder, model folder or hub id")

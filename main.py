@@ -15,6 +15,7 @@ import resource
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -168,9 +169,10 @@ def save_checkpoint(
     config: Config, log: RunLog, loaded: Loaded, optimizer: torch.optim.Optimizer, *, steps_done
 ) -> None:
     """Save the run's state, or say why that was left out: the run itself goes on."""
+    begin = time.perf_counter()
     try:
         log.sync()  # a checkpoint without the lines of its steps could not be resumed from
-        checkpoint.save(
+        saved = checkpoint.save(
             log.folder,
             loaded,
             optimizer,
@@ -180,6 +182,8 @@ def save_checkpoint(
         )
     except (OSError, checkpoint.CheckpointError) as error:
         tqdm.write(f"step {steps_done - 1}: no checkpoint was saved: {error}")
+    else:
+        tqdm.write(f"{saved}: saved in {time.perf_counter() - begin:.1f} s")
 
 
 def what_is_saved(config: Config) -> dict[str, bool]:

@@ -10,12 +10,18 @@ import torch
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
+from config import Config, make_config, make_parser
 from policy import Loaded, Prompts, encode, use_own_attention
 from rewards import SYSTEM_MESSAGE, make_prompt
 from scoring import completion_logprobs
 from shapes import ShapeSpec, make_example
 
 TINY = str(Path(__file__).resolve().parent.parent / "tiny")
+
+
+def config_of(*flags: str) -> Config:
+    """The knobs of a command line."""
+    return make_config(make_parser().parse_args(flags))
 
 
 def rms_norm(self, x):

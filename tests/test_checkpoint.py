@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, config_of
 
 import checkpoint
 from checkpoint import CheckpointError, checkpoints_of, restore, save, save_final, whole_folder
-from config import make_config, make_parser
 from main import make_optimizer
 from policy import load
 
@@ -21,7 +20,7 @@ PARTS = {"with_optimizer": True, "with_reference": False}
 def trained(dtype: str = "float32", *, updates: int = 2):
     """A model that has been given some random updates, with its optimizer."""
     loaded = load(TINY, device="cpu", dtype=dtype, reference=True)
-    config = make_config(make_parser().parse_args(["--preset", "tiny", "--lr", "1e-3"]))
+    config = config_of("--preset", "tiny", "--lr", "1e-3")
     optimizer = make_optimizer(config, loaded.policy)
     generator = torch.Generator().manual_seed(0)
     for _ in range(updates):

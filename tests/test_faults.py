@@ -18,13 +18,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, config_of
 
 import checkpoint
 import evaluate
 import health
 import main
-from config import make_config, make_parser
 from runlog import RunError, RunLog, new_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,7 +329,7 @@ def test_a_run_goes_on_without_the_checkpoints_that_do_not_fit(
 def test_too_little_room_is_told_at_the_start(tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 60 * 2**20))
-    config = make_config(make_parser().parse_args([*FLAGS.split(), "--keep", "1"]))
+    config = config_of(*FLAGS.split(), "--keep", "1")
     text, has_room = main.disk_needs(config, tmp_path / "run")
     assert has_room is False  # 2 x 42.7 MiB, a reference in each, and 10.7 MiB
     assert text == (

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, make_prompts
+from conftest import TINY, config_of, make_prompts
 
-from config import make_config, make_parser
 from main import make_optimizer, make_sampler, work_of
 from memory import EXACT, SMALLER_MODEL, Work, cache_bytes, estimate, table, what_would_fit
 from policy import GIB, load
@@ -32,9 +31,7 @@ def bytes_of(tensors) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_gradients_optimizer_and_reference_are_exact(dtype):
-    config = make_config(
-        make_parser().parse_args(["--preset", "tiny", "--device", "cpu", "--dtype", dtype])
-    )
+    config = config_of("--preset", "tiny", "--device", "cpu", "--dtype", dtype)
     sizes = estimate(work_of(config), free=None)
     loaded = load(TINY, device="cpu", dtype=dtype, reference=True)
     optimizer = make_optimizer(config, loaded.policy)
@@ -51,7 +48,7 @@ def test_weights_gradients_optimizer_and_reference_are_exact(dtype):
 
 def test_the_key_value_cache_is_that_of_the_sampler(processor):
     flags = ["--preset", "tiny", "--device", "cpu", "--max-new-tokens", "16", "--image-size", "84"]
-    config = make_config(make_parser().parse_args(flags))
+    config = config_of(*flags)
     loaded = load(TINY, device="cpu", dtype="float32")
     sampler = make_sampler(config, loaded)
     prompts = make_prompts(processor, 3)
