@@ -240,7 +240,7 @@ def settle(args: argparse.Namespace) -> str:
         model = next((str(path) for path in reversed(saved) if path.is_dir()), None)
         if model is None:
             raise ValueError(f"{folder}: this run has neither final/ nor a checkpoint yet")
-        settings = DEFAULTS | read_description(folder)["config"]
+        settings = DEFAULTS | run_settings(folder)
     max_rotation_given = args.max_rotation is not None
     for name in DEFAULTS:
         if getattr(args, name) is None:
@@ -260,6 +260,16 @@ def settle(args: argparse.Namespace) -> str:
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: the folder does not exist")
     return model
+
+
+def run_settings(folder: Path) -> dict:
+    """Return the knobs of `DEFAULTS` that a run was started with. Raises `ValueError`."""
+    config = read_description(folder)["config"]
+    settings = {name: config[name] for name in DEFAULTS if name in config}
+    for name, value in settings.items():
+        if type(value) is not type(DEFAULTS[name]):
+            raise ValueError(f"{folder / 'config.json'}: {name} cannot be {value!r}")
+    return settings
 
 
 def report(answers: list[Answer], spec: ShapeSpec, args: argparse.Namespace) -> None:

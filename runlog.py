@@ -91,11 +91,15 @@ class RunLog:
 
 
 def new_run(folder: Path, *, config: dict, device: str) -> RunLog:
-    """Make the folder of a new run, which must not exist. Raises `RunError`."""
+    """Make the folder of a new run, which must not exist. Raises `RunError`, and leaves none."""
     try:
         folder.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
+    try:
         write_json(folder / "config.json", {"config": config, **provenance(device)})
     except OSError as error:
+        folder.rmdir()
         raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
     return RunLog(folder)
 

@@ -108,3 +108,24 @@ def test_a_run_without_a_final_model_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path)])
     assert "neither final/ nor a checkpoint yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("{", "not readable"),
+        ('{"config": []}', "not readable"),
+        ('{"config": {"min_size": "many"}}', "min_size cannot be 'many'"),
+        ('{"config": {"rotate": 1}}', "rotate cannot be 1"),
+    ],
+)
+def test_a_damaged_config_is_told_in_one_line(tmp_path, capsys, config, told):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path)])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert told in error
+    assert len(error.splitlines()) == 1

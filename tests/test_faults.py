@@ -292,10 +292,13 @@ def test_a_run_that_another_process_writes(stopped, tmp_path, capsys):
     log.close()
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path, file_size_limit):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be made"):
         new_run(tmp_path / "file" / "run", config={}, device="cpu")
+    with file_size_limit(10), pytest.raises(RunError, match="cannot be made"):
+        new_run(tmp_path / "run", config={}, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # --- full disks ---------------------------------------------------------------------------
