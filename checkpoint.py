@@ -58,8 +58,10 @@ def save(
 ) -> Path:
     """Write a checkpoint, delete all but the newest `keep`, and return its folder.
 
-    Raises `CheckpointError` where there is no room or the disk refuses; what was there stays.
+    Raises `CheckpointError` where there is no room, the disk refuses, or the policy is not worth
+    it; what was there stays.
     """
+    check_finite(loaded.policy)
     folder = run / "checkpoints" / f"step-{steps_done:06}"
     needed = checkpoint_bytes(
         loaded.policy, with_optimizer=with_optimizer, with_reference=with_reference
@@ -86,12 +88,24 @@ def save(
 
 def save_final(run: Path, loaded: Loaded) -> None:
     """Write the trained model and its processor to `final/`. Raises `CheckpointError`."""
+    check_finite(loaded.policy)
     try:
         with whole_folder(run / "final") as partial:
             save_weights(loaded.policy, partial)
             loaded.processor.save_pretrained(partial)
     except FAILURES as error:
         raise CheckpointError(first_line(error)) from error
+
+
+def check_finite(policy) -> None:
+    """Raise `CheckpointError` for a policy with a weight that is not a number, or infinite.
+
+    One update can do that, with all its gradients finite: a good checkpoint must not give way to
+    such a policy.
+    """
+    finite = torch.stack([parameter.isfinite().all() for parameter in policy.parameters()])
+    if not finite.all():  # host sync
+        raise CheckpointError("the policy has weights that are not finite")
 
 
 def checkpoint_bytes(policy, *, with_optimizer: bool, with_reference: bool) -> int:

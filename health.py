@@ -115,8 +115,8 @@ def check_skipped(history: list[dict]) -> list[str]:
     if len(history) >= MAX_SKIPPED and all(step["skipped"] for step in history[-MAX_SKIPPED:]):
         raise Unhealthy(
             f"{latest['not_finite']} not finite in {MAX_SKIPPED} steps in a row, which were all "
-            f"skipped. A new run from its weights (--model) with a lower --lr or a higher --beta "
-            f"usually helps"
+            f"skipped. A new run from the last checkpoint (--model), with a lower --lr or a higher "
+            f"--beta, usually helps"
         )
     return [f"step {latest['step']}: skipped, not finite: {latest['not_finite']}"]
 

@@ -88,6 +88,7 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
     sampler = make_sampler(config, loaded)
     passes = Passes(config.micro_batch, config.layers_to_checkpoint)
     health = Health(loaded.policy.dtype, read_lines(log.folder / "metrics.jsonl"))
+    save = False
     with StopSignal() as stop:
         if steps_done == 0:
             evaluate_and_log(config, sampler, loaded.processor, log, steps_done=0)
@@ -106,8 +107,10 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
             is_last = step + 1 == config.steps
             if is_due(step, config.eval_every) or is_last:
                 evaluate_and_log(config, sampler, loaded.processor, log, steps_done=step + 1)
-            if is_due(step, config.save_every) or is_last or stop.number:
+            save = save or is_due(step, config.save_every) or is_last or stop.number
+            if save and not metrics["skipped"]:  # what is good gives way to what is sound only
                 save_checkpoint(config, log, loaded, optimizer, steps_done=step + 1)
+                save = False
             if stop.number and not is_last:
                 leave(log, stop.number)
     checkpoint.save_final(log.folder, loaded)

@@ -155,6 +155,20 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, file_size_limit):
     restore(before, *fresh())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_policy_gone_wrong_does_not_take_the_place_of_a_good_one(tmp_path, value):
+    loaded, optimizer = trained()
+    save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **PARTS)
+    before = tree(tmp_path)
+    with torch.no_grad():
+        loaded.policy.lm_head.weight[3, 5] = value
+    with pytest.raises(CheckpointError, match="not finite"):
+        save(tmp_path, loaded, optimizer, steps_done=3, keep=1, **PARTS)
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_final(tmp_path, loaded)
+    assert tree(tmp_path) == before
+
+
 # --- damage -------------------------------------------------------------------------------
 
 

@@ -362,12 +362,13 @@ def test_a_dry_run_shows_what_it_takes_and_leaves_nothing(tmp_path, capsys):
 # --- numbers and memory -------------------------------------------------------------------
 
 
-def test_a_run_whose_numbers_go_wrong_stops_with_the_policy_as_it_was(
+def test_a_run_whose_numbers_go_wrong_stops_before_its_last_good_checkpoint_goes(
     tmp_path, monkeypatch, capsys
 ):
     def spoiled(config, examples, text, prompt_index):
         reward = judge(config, examples, text, prompt_index)
-        return dataclasses.replace(reward, area_correctness=float("nan"))
+        sound = examples[0].index < 4  # two steps
+        return reward if sound else dataclasses.replace(reward, area_correctness=float("nan"))
 
     judge = main.judge
     monkeypatch.setattr(main, "judge", spoiled)
@@ -376,10 +377,27 @@ def test_a_run_whose_numbers_go_wrong_stops_with_the_policy_as_it_was(
     assert "reward not finite in 5 steps in a row" in stop.value.code
     assert "step 3: skipped, not finite: reward" in capsys.readouterr().out
     run = tmp_path / "spoiled"
-    assert f"Last checkpoint: {run / 'checkpoints' / 'step-000004'}" in stop.value.code
+    assert f"Last checkpoint: {run / 'checkpoints' / 'step-000002'}" in stop.value.code
     lines = faults.curves(run)["metrics"]
-    assert [(line["skipped"], line["not_finite"]) for line in lines] == [(1, "reward")] * 5
-    assert lines[0]["reward_mean"] is None
+    assert [line["not_finite"] for line in lines] == ["", "", *["reward"] * 5]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1, 1]
+    assert lines[2]["reward_mean"] is None
+
+
+def test_a_save_that_falls_on_a_skipped_step_is_made_up_for(tmp_path, monkeypatch):
+    def spoiled(config, examples, text, prompt_index):
+        reward = judge(config, examples, text, prompt_index)
+        sound = examples[0].index != 2  # the second step, after which a save is due
+        return reward if sound else dataclasses.replace(reward, area_correctness=float("inf"))
+
+    judge = main.judge
+    monkeypatch.setattr(main, "judge", spoiled)
+    run = start(tmp_path, "spoiled", "--steps", "5", "--keep", "9")
+    assert [path.name for path in checkpoint.checkpoints_of(run)] == [
+        "step-000003",
+        "step-000004",
+        "step-000005",
+    ]
 
 
 def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
