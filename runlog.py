@@ -41,8 +41,7 @@ class RunLog:
             self.files = {
                 name: (folder / f"{name}.jsonl").open("ab", buffering=0) for name in STEP_KEYS
             }
-            if fcntl:
-                fcntl.flock(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.files["metrics"])
         except BlockingIOError as error:
             raise RunError(f"{folder}: another process is writing this run") from error
         except OSError as error:
@@ -85,6 +84,21 @@ class RunLog:
         finally:
             for file in self.files.values():
                 file.close()
+
+
+def lock(file) -> None:
+    """Claim a file for this process. Raises `BlockingIOError` if another one has it.
+
+    The loader's workers share the claim of the process that made them, and outlive it, if it is
+    killed, by up to a second: that long it is tried.
+    """
+    for pause_s in (0.5, 0.5, 0.5, 0.5, 0):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
+        except BlockingIOError:
+            if not pause_s:
+                raise
+            time.sleep(pause_s)
 
 
 # --- runs begin and go on ---------------------------------------------------------------

@@ -1,10 +1,12 @@
 """runlog.py: what stands in the run folder."""
 
 import json
+import os
+import time
 
 import pytest
 
-from runlog import RunError, Stopwatch, free_folder, new_run
+from runlog import RunError, RunLog, Stopwatch, free_folder, new_run
 
 
 def test_every_record_is_one_line_whatever_it_holds(tmp_path):
@@ -38,6 +40,19 @@ def test_an_existing_run_is_never_written_to(tmp_path):
     assert free_folder(tmp_path, "run") == tmp_path / "run-2"
     (tmp_path / "run-2").mkdir()
     assert free_folder(tmp_path, "run") == tmp_path / "run-3"
+
+
+def test_only_one_process_writes_and_the_orphans_of_a_dead_one_are_waited_for(tmp_path):
+    log = new_run(tmp_path / "run", config={}, device="cpu")
+    with pytest.raises(RunError, match="another process is writing this run"):
+        RunLog(tmp_path / "run")
+    orphan = os.fork()  # as a loader's worker is made
+    if orphan == 0:
+        time.sleep(0.8)
+        os._exit(0)
+    log.close()
+    RunLog(tmp_path / "run").close()
+    os.waitpid(orphan, 0)
 
 
 def test_laps_add_up_and_wait_for_the_device():
