@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from policy import GIB, Loaded, ModelError, copy_weights, first_line, save_weights
+from policy import GIB, Loaded, ModelError, copy_weights, first_line, optimizer_copies, save_weights
 
 FAILURES = (OSError, RuntimeError, SafetensorError)  # what the savers raise on a full disk
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
@@ -117,8 +117,7 @@ def checkpoint_bytes(policy, *, with_optimizer: bool, with_reference: bool) -> i
 
 def copies(dtype: torch.dtype, *, with_optimizer: bool, with_reference: bool) -> int:
     """Return how many tensors a checkpoint holds for each of the policy's."""
-    moments = 3 if dtype == torch.bfloat16 else 2  # with the Kahan compensation
-    return 1 + moments * with_optimizer + with_reference
+    return 1 + optimizer_copies(dtype) * with_optimizer + with_reference
 
 
 @contextmanager
@@ -170,14 +169,14 @@ def flush(path: Path) -> None:
 # --- restoring --------------------------------------------------------------------------
 
 
-def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) -> None:
-    """Bring policy, reference and optimizer, in place, to a checkpoint's state.
+def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) -> int:
+    """Bring policy, reference and optimizer, in place, to a checkpoint's state; return its steps.
 
     `loaded` is what the run started from. Raises `CheckpointError` for a damaged checkpoint, and
     where the reference, unless it is part of the checkpoint, is not the one the run had.
     """
     try:
-        expected = read_state(checkpoint)["checksums"]
+        state = read_state(checkpoint)
         copy_weights(checkpoint, loaded.policy)
         if (checkpoint / "reference").is_dir():
             copy_weights(checkpoint / "reference", loaded.reference)
@@ -200,11 +199,12 @@ def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) 
     except Exception as error:  # whatever else a damaged file makes the loaders raise
         raise CheckpointError(f"{checkpoint}: damaged: {first_line(error)}") from error
     for part, found in checksums(loaded, optimizer, True).items():
-        if found != expected.get(part):
+        if found != state["checksums"].get(part):
             where = f"{checkpoint}: damaged"
             if part == "reference" and not (checkpoint / "reference").is_dir():
                 where = "--model: not the one this run was started from"
             raise CheckpointError(f"{where}: the checksum of the {part} differs")
+    return state["steps_done"]
 
 
 def read_state(checkpoint: Path) -> dict:

@@ -38,21 +38,19 @@ from grpo import (
     update,
 )
 from health import Health, StopSignal, Unhealthy, follow_the_parent
-from memory import EXACT, Work, estimate, table, what_would_fit
+from memory import EXACT, Work, estimate, parameters_of, table, what_would_fit
 from policy import (
     DTYPES,
     GIB,
-    LARGEST_ON_CPU,
     Loaded,
     ModelError,
     Prompts,
+    choose_device,
     encode,
     first_line,
     free_memory,
     load,
-    parameter_count,
     place,
-    shape_config,
 )
 from rewards import SYSTEM_MESSAGE, Reward, make_prompt, score
 from runlog import (
@@ -468,8 +466,7 @@ def resume(
     """
     optimizer, steps_done = make_optimizer(config, loaded.policy), 0
     if saved is not None:
-        checkpoint.restore(saved, loaded, optimizer)
-        steps_done = checkpoint.read_state(saved)["steps_done"]
+        steps_done = checkpoint.restore(saved, loaded, optimizer)
     log = resumed_run(
         run,
         config=dataclasses.asdict(config),
@@ -486,12 +483,8 @@ def resume(
 
 def work_of(config: Config) -> Work:
     """Return what decides the run's memory; "auto" is a GPU unless the model is small."""
-    small = parameter_count(shape_config(config.model)) <= LARGEST_ON_CPU
-    device, dtype = config.device, config.dtype
-    if device == "auto":
-        device = "cpu" if small and not torch.cuda.is_available() else "cuda"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
+    count = parameters_of(config.model)
+    device, dtype = choose_device(count, device=config.device, dtype=config.dtype)
     sizes = ("model", "prompts_per_step", "group_size", "max_new_tokens", "image_size")
     return Work(
         **pick(config, *sizes, "micro_batch", "layers_to_checkpoint"),

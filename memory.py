@@ -10,7 +10,7 @@ from itertools import combinations
 
 from transformers import Qwen2_5_VLConfig
 
-from policy import DTYPES, GIB, parameter_count, shape_config
+from policy import DTYPES, GIB, optimizer_copies, parameter_count, shape_config
 from scoring import CHUNK, HEADROOM, activation_bytes
 
 TEXT_TOKENS = 200  # of a prompt: a little more than it has with Qwen's vocabulary
@@ -54,12 +54,12 @@ def estimate(work: Work, *, free: int | None) -> dict[str, int]:
     """
     text = work.config.text_config
     size, layers = DTYPES[work.dtype].itemsize, text.num_hidden_layers
-    parameters = count(work.model) * size
+    parameters = parameters_of(work.model) * size
     tokens = work.micro_batch * (work.prompt_tokens + work.group_size * work.max_new_tokens)
     sizes = {
         "weights": parameters,
         "gradients": parameters,
-        "optimizer": (3 if work.dtype == "bfloat16" else 2) * parameters,  # 3: with Kahan's
+        "optimizer": optimizer_copies(DTYPES[work.dtype]) * parameters,
         "reference": parameters * work.reference,
         "key-value cache": cache_bytes(work),
         "vision tower": vision_bytes(work),
@@ -79,7 +79,7 @@ def estimate(work: Work, *, free: int | None) -> dict[str, int]:
 
 
 @lru_cache
-def count(model: str) -> int:
+def parameters_of(model: str) -> int:
     """Return a model's number of parameters; it is asked for often."""
     return parameter_count(shape_config(model))
 

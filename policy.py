@@ -257,10 +257,7 @@ def place(
     found_gpu = torch.cuda.is_available()
     runs_here = f"What runs on this machine: {command_that_runs}"
     wanted = device
-    if device == "auto":
-        device = "cuda" if found_gpu or count > LARGEST_ON_CPU else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
+    device, dtype = choose_device(count, device=device, dtype=dtype)
     needed = count * bytes_per_parameter(dtype, training=training, reference=reference)
     purpose = "to train, activations not counted" if training else "to run"
     size = f"{count / 1e9:.2f} billion" if count > 1e8 else f"{count / 1e6:.1f} million"
@@ -274,14 +271,28 @@ def place(
     return device, dtype
 
 
+def choose_device(count: int, *, device: str, dtype: str) -> tuple[str, str]:
+    """Return device and dtype for so many parameters, "auto" settled; the GPU may be missing."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() or count > LARGEST_ON_CPU else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return device, dtype
+
+
 def bytes_per_parameter(dtype: str, *, training: bool, reference: bool) -> int:
     """Return what a parameter occupies: its weight; in training also gradient and two moments.
 
     bf16 training keeps a Kahan compensation as well; a reference is one more copy of the weights.
     """
-    size = 2 if dtype == "bfloat16" else 4
-    copies = 1 if not training else 5 if dtype == "bfloat16" else 4
-    return size * (copies + reference)
+    kept = DTYPES[dtype]
+    copies = 1 + (1 + optimizer_copies(kept) if training else 0)
+    return kept.itemsize * (copies + reference)
+
+
+def optimizer_copies(dtype: torch.dtype) -> int:
+    """Return how many tensors AdamW keeps of each weight: two moments, for bf16 Kahan's as well."""
+    return 3 if dtype == torch.bfloat16 else 2
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def lock(file) -> None:
     """Claim a file for this process. Raises `BlockingIOError` if another one has it.
 
     The loader's workers share the claim of the process that made them, and outlive it, if it is
-    killed, by up to a second: that long it is tried.
+    killed, by half a second or so: it is tried for two.
     """
     for pause_s in (0.5, 0.5, 0.5, 0.5, 0):
         try:

@@ -22,12 +22,13 @@ from conftest import TINY, config_of
 
 import checkpoint
 import evaluate
+import grpo
 import health
 import main
 from runlog import RunError, RunLog, new_run
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
 
 import faults  # noqa: E402
 
@@ -401,14 +402,14 @@ def test_a_save_that_falls_on_a_skipped_step_is_made_up_for(tmp_path, monkeypatc
 
 
 def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
-    scoring, calls = main.update.__globals__["completion_logprobs"], count(1)
+    scoring, calls = grpo.completion_logprobs, count(1)
 
     def failing(*arguments, **options):
         if next(calls) in (4, 12):  # the policy's pass in the second step, and a later one
             raise torch.OutOfMemoryError("CUDA out of memory")
         return scoring(*arguments, **options)
 
-    monkeypatch.setitem(main.update.__globals__, "completion_logprobs", failing)
+    monkeypatch.setattr(grpo, "completion_logprobs", failing)
     told = pytest.warns(UserWarning, match="out of memory: done again, .* --micro-batch 1 and")
     with told, pytest.raises(SystemExit) as stop:
         start(tmp_path, "full", "--micro-batch", "2")
