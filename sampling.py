@@ -10,15 +10,19 @@ same code runs as it stands.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 from fastpath import at_least_fp32, matmul_fp32, relative_difference, trusted
 from policy import Prompts, embed_prompts, stop_ids
 
 FINISHED_CHECK_EVERY = 8  # tokens: on a GPU, where the host must wait to see that all have ended
+LAYER_INPUTS = signature(Qwen2_5_VLDecoderLayer.forward).parameters
+CACHE = "cache" if "cache" in LAYER_INPUTS else "past_key_values"  # transformers 5.24 renamed it
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Cache:
         self.values = like.new_zeros(shape)
         self.next_slot = next_slot  # (1,), the same tensor for all layers
 
-    def update(self, key: Tensor, value: Tensor, *_) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Keep what a layer has computed, and return what its queries may look at.
 
         One token of each row, (rows, Hkv, 1, D), goes to the next slot, and all slots are returned.
@@ -260,7 +264,7 @@ def compile_layer() -> Callable[..., Tensor]:
 
 def call_layer(layer, hidden: Tensor, rope: tuple, mask: Tensor | None, cache: Cache) -> Tensor:
     """Return the output of one of transformers' decoder layers; `rope` are cosines and sines."""
-    return layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rope)
+    return layer(hidden, attention_mask=mask, position_embeddings=rope, **{CACHE: cache})
 
 
 def make_generator(device: str, *numbers: int) -> torch.Generator:
