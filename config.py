@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from grpo import LOSSES
 from policy import DTYPES
-from rewards import REASONING_TAGS
+from rewards import CORRECTNESS, REASONING_TAGS
 from runlog import RunError, read_description
 from shapes import ShapeSpec, check_image_size
 
@@ -48,6 +48,9 @@ class Config:
     max_rotation: float = knob(45.0, "largest turn to either side, degrees", least=0, most=180)
     image_size: int = knob(224, "side of the picture, pixels, a multiple of 28", least=28)
     reasoning_tag: str = knob("reasoning", "tag asked for and rewarded", choices=REASONING_TAGS)
+    correctness: str = knob(
+        "linear", "shape of the area reward: see penalty in rewards.py", choices=CORRECTNESS
+    )
     # rollout
     steps: int = knob(750, "rollouts, each followed by an update", least=1, free=True)
     prompts_per_step: int = knob(4, "plots per step", least=1)

@@ -281,7 +281,8 @@ def make_sampler(config: Config, loaded: Loaded) -> Sampler:
 
 def judge(config: Config, examples: list[Example], text: str, prompt_index: int) -> Reward:
     """Return the rewards of one completion of prompt `prompt_index`."""
-    return score(text, examples[prompt_index].area, reasoning_tag=config.reasoning_tag)
+    area = examples[prompt_index].area
+    return score(text, area, **pick(config, "reasoning_tag", "correctness"))
 
 
 def is_due(step: int, every: int) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 CORRECTNESS_MIN, CORRECTNESS_MAX = -3.0, 3.0  # bounds of the area reward
 AREA_FORMAT_REWARD = 0.5
 XML_FORMAT_REWARD = 0.5
+CORRECTNESS = ("linear", "root", "log")  # shapes of the area reward: see `penalty`
 REASONING_TAGS = ("reasoning", "think")
 MAX_ANSWER_CHARS = 100  # a longer answer is not a number
 
@@ -53,7 +54,9 @@ def make_prompt(reasoning_tag: str = "reasoning") -> str:
     return PROMPT.format(tag=reasoning_tag)
 
 
-def score(completion: str, area: float, *, reasoning_tag: str = "reasoning") -> Reward:
+def score(
+    completion: str, area: float, *, reasoning_tag: str = "reasoning", correctness: str = "linear"
+) -> Reward:
     """Return the rewards of a completion for a shape of this area. Never raises on any completion.
 
     >>> reward = score("<reasoning>A square of side 20.</reasoning><answer>400.00</answer>", 800.0)
@@ -61,28 +64,47 @@ def score(completion: str, area: float, *, reasoning_tag: str = "reasoning") -> 
     (0.0, 0.5, 0.5, 400.0)
     """
     predicted = parse_area(completion)
-    error = relative_error(predicted, area)
+    wrong = penalty(predicted, area, correctness=correctness)
     answer = answer_text(completion)
     two_decimals = answer is not None and TWO_DECIMALS.fullmatch(answer) is not None
     strict_xml = is_strict_xml(completion, reasoning_tag)
     return Reward(
-        area_correctness=CORRECTNESS_MAX - (CORRECTNESS_MAX - CORRECTNESS_MIN) * error,
+        area_correctness=CORRECTNESS_MAX - (CORRECTNESS_MAX - CORRECTNESS_MIN) * wrong,
         area_format=AREA_FORMAT_REWARD if two_decimals else 0.0,
         xml_format=XML_FORMAT_REWARD if strict_xml else 0.0,
         predicted=predicted,
-        relative_error=error,
+        relative_error=relative_error(predicted, area),
     )
 
 
 def relative_error(predicted: float | None, area: float) -> float:
     """Return `min(1, |predicted - area| / area)`, and 1 where no number could be read.
 
-    The correctness reward is `3 - 6 * relative_error`: 3 exact, 0 half off, -3 double or unread.
-
     >>> relative_error(50.0, 100.0)
     0.5
     """
     return 1.0 if predicted is None else min(1.0, abs(predicted - area) / area)
+
+
+def penalty(predicted: float | None, area: float, *, correctness: str = "linear") -> float:
+    """Return how wrong a number is, from 0 (exact) to 1; the area reward is `3 - 6 * penalty`.
+
+    linear  the relative error e: 0 points half off, -3 at double or nothing
+    root    the square root of e: the last few percent count most
+    log     |log2(predicted / area)|, at most 1: half is as wrong as double
+
+    >>> [round(penalty(75.0, 100.0, correctness=name), 3) for name in CORRECTNESS]
+    [0.25, 0.5, 0.415]
+    """
+    error = relative_error(predicted, area)
+    if correctness == "linear":
+        return error
+    if correctness == "root":
+        return math.sqrt(error)
+    if correctness == "log":
+        is_positive = predicted is not None and predicted > 0
+        return min(1.0, abs(math.log2(predicted) - math.log2(area))) if is_positive else 1.0
+    raise ValueError(f"correctness {correctness!r}: must be one of {', '.join(CORRECTNESS)}")
 
 
 def parse_area(completion: str) -> float | None:

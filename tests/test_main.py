@@ -83,6 +83,14 @@ def test_examples_do_not_depend_on_the_workers(processor, workers):
     assert count == 4
 
 
+def test_completions_are_judged_by_the_runs_own_reward(processor):
+    examples, _ = main.Batches(config_of("--preset", "tiny"), processor)[0]
+    half_off = f"<answer>{examples[1].area / 2:.2f}</answer>"
+    for flags, expected in (((), 0.0), (("--correctness", "log"), -3.0)):
+        reward = main.judge(config_of(*flags), examples, half_off, 1)
+        assert reward.area_correctness == pytest.approx(expected, abs=0.01)
+
+
 # --- whole runs ---------------------------------------------------------------------------
 
 

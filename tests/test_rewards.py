@@ -1,8 +1,10 @@
 """rewards.py: a table of texts, from well-behaved to hostile."""
 
+import dataclasses
+
 import pytest
 
-from rewards import SYSTEM_MESSAGE, make_prompt, parse_area, score
+from rewards import CORRECTNESS, SYSTEM_MESSAGE, make_prompt, parse_area, penalty, score
 
 GOOD = "<reasoning>side 20</reasoning><answer>400.00</answer>"
 
@@ -27,6 +29,48 @@ def answer(text: str) -> str:
 )
 def test_correctness_by_hand(predicted, expected):
     assert score(answer(predicted), 400.0).area_correctness == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("correctness", "predicted", "expected"),
+    [
+        ("root", "400.00", 3.0),
+        ("root", "404.00", 2.4),  # 1 % off: sqrt(0.01) = 0.1
+        ("root", "300.00", 0.0),
+        ("root", "800.00", -3.0),
+        ("log", "400.00", 3.0),
+        ("log", "565.69", 0.0),  # too large by sqrt(2)
+        ("log", "282.84", 0.0),  # too small by as much
+        ("log", "800.00", -3.0),
+        ("log", "200.00", -3.0),
+        ("log", "0.00", -3.0),
+        ("log", "-400.00", -3.0),
+        ("log", "4e-320", -3.0),
+        ("log", "1e308", -3.0),
+        *((name, "four", -3.0) for name in CORRECTNESS),
+    ],
+)
+def test_other_shapes_of_the_area_reward(correctness, predicted, expected):
+    reward = score(answer(predicted), 400.0, correctness=correctness)
+    assert reward.area_correctness == pytest.approx(expected, abs=1e-4)
+    linear = score(answer(predicted), 400.0)  # all else is the same
+    assert dataclasses.replace(reward, area_correctness=linear.area_correctness) == linear
+
+
+@pytest.mark.parametrize("correctness", CORRECTNESS)
+def test_the_area_reward_falls_the_further_off_a_number_is(correctness):
+    for direction in (1, -1):
+        errors = [0, 0.01, 0.1, 0.3, 0.5, 0.9, 1, 3][: 8 if direction > 0 else 7]
+        penalties = [
+            penalty(50 * (1 + direction * e), 50.0, correctness=correctness) for e in errors
+        ]
+        assert penalties == sorted(penalties)
+        assert (penalties[0], penalties[-1]) == (0, 1)
+
+
+def test_a_shape_of_the_area_reward_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="must be one of linear, root, log"):
+        penalty(1.0, 1.0, correctness="cubic")
 
 
 @pytest.mark.parametrize(
