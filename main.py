@@ -363,8 +363,8 @@ def sample_of(config: Config, step: int, example: Example, rollout: Rollout) -> 
     return {
         "step": step,
         "index": example.index,
-        "kind": example.shape.kind,
         "area": example.area,
+        "shape": dataclasses.asdict(example.shape),
         "completions": [
             {
                 "text": rollout.texts[row],

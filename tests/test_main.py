@@ -18,6 +18,7 @@ from config import Config
 from main import learning_rate
 from policy import use_own_attention
 from runlog import new_run, read_lines
+from shapes import ShapeSpec, make_example
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -120,6 +121,8 @@ def test_a_whole_run(tmp_path):
     samples = read_lines(run / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0, 2]
     assert all(len(sample["completions"]) == 2 for sample in samples)
+    drawn = make_example(ShapeSpec(), seed=0, split="train", index=samples[1]["index"])
+    assert samples[1]["shape"] == json.loads(json.dumps(dataclasses.asdict(drawn.shape)))
     config = json.loads((run / "config.json").read_text())["config"]
     assert (config["steps"], config["device"], config["dtype"]) == (3, "cpu", "float32")
 

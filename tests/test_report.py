@@ -1,0 +1,364 @@
+"""report.py on run folders made by hand: the page as a browser would take it apart."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+from plot_rewards import REWARDS, curve
+from report import escape, parse_evaluation
+from shapes import ShapeSpec, canvas_of, make_example
+
+EXAMPLES = [make_example(ShapeSpec(), seed=0, split="train", index=i) for i in range(2)]
+HOSTILE = {  # what a model may write: what a reader is to see
+    "<script>document.title = 'taken'</script>": None,
+    "<img src=x onerror=\"document.title = 'taken'\">": None,
+    "</div></td></tr></table></section></body></html>": None,
+    '"><svg onload="document.title = \'taken\'">': None,
+    "' onclick='alert(1)' style='position: fixed; inset: 0": None,
+    "<!-- <plaintext> <textarea> </title></style></script><script>": None,
+    "]]> <![CDATA[ &lt; &#60; &amp; ${script} $name {0} %s": None,
+    "NUL \0, escape \x1b[31m, return \r": "NUL ⟨U+0000⟩, escape ⟨U+001B⟩[31m, return ⟨U+000D⟩",
+    "from the right: \u202e \u2066 \u200f": "from the right: ⟨U+202E⟩ ⟨U+2066⟩ ⟨U+200F⟩",
+    "half a character: \ud800": "half a character: ⟨U+D800⟩",
+    "line\n\ttab, 面積 · площадь · 🟦": None,
+}
+
+
+def completion(text: str = "<answer>1.00</answer>", **values) -> dict:
+    values = {"area_correctness": 1.25, "area_format": 0.5, "xml_format": 0.0, **values}
+    return {
+        "text": text,
+        **{"predicted": 300.0, "relative_error": 0.291, "advantage": 0.5, **values},
+    }
+
+
+def sample(step: int, *completions: dict) -> dict:
+    example = EXAMPLES[step // 10 % 2]
+    shape = dataclasses.asdict(example.shape)
+    named = {"step": step, "index": example.index, "area": example.area, "shape": shape}
+    return {**named, "completions": list(completions) or [completion()]}
+
+
+def metrics(step: int) -> dict:
+    values = {"kl": 0.1, "entropy": None, "completion_length_mean": 30.0}
+    return {"step": step, "prompts": 8 * (step + 1), **dict.fromkeys(REWARDS, 0.2), **values}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(*samples: dict, name: str = "run", knobs: dict | None = None, **made):
+        folder = tmp_path / name
+        folder.mkdir()
+        made = {"command": "python main.py", "versions": {"torch": "2.1", "numpy": "2.2"}, **made}
+        config = {"config": {"image_size": 224, "seed": 7, **(knobs or {})}, **made}
+        (folder / "config.json").write_text(json.dumps(config))
+        evaluations = [{"steps_done": n, **dict.fromkeys(REWARDS, 0.3)} for n in (0, 15)]
+        lines = {"metrics": map(metrics, range(30)), "evaluations": evaluations, "samples": samples}
+        for file, records in lines.items():
+            text = "".join(json.dumps(record) + "\n" for record in records)
+            (folder / f"{file}.jsonl").write_text(text)
+        return folder
+
+    return make
+
+
+class Page(HTMLParser):
+    """A page's elements with their attributes, its declarations, and the text in each element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements, self.others, self.texts = [], [], [("", "")]
+        self.handle_comment = self.handle_pi = self.unknown_decl = self.others.append
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append((tag, ""))
+
+    def handle_data(self, data):
+        tag, text = self.texts[-1]
+        self.texts[-1] = (tag, text + data)
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def text_of(self, tag: str) -> list[str]:
+        return [text.strip() for name, text in self.texts if name == tag]
+
+
+def page_of(folder, *flags: str) -> Page:
+    report.main([str(folder), *flags])
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def refused(folder, capsys, *flags: str) -> str:
+    """The one line in which the program refuses."""
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(folder), *flags])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert len(error.splitlines()) == 1
+    return error
+
+
+# --- what is on the page ------------------------------------------------------------------
+
+
+def test_a_completion_stands_beside_its_rewards(make_run):
+    first = completion("one", area_correctness=-1.254, xml_format=0.5, advantage=-0.5)
+    unread = completion("two", predicted=None, relative_error=1.0, advantage=None)
+    page = page_of(make_run(sample(10, first, unread)))
+    assert page.text_of("th")[:3] == ["advantage", "sum", "area"]
+    numbers = [text for text in page.text_of("td") if text]
+    assert numbers[:7] == ["−0.50", "−0.25", "−1.25", "0.5", "0.5", "300.00", "29.1 %"]  # noqa: RUF001
+    assert numbers[7:] == ["–", "1.75", "1.25", "0.5", "0.0", "–", "100.0 %"]  # noqa: RUF001
+    assert page.text_of("div")[-2:] == ["one", "two"]
+
+
+def test_a_group_shows_its_plot(make_run):
+    page = page_of(make_run(sample(0), sample(10)))
+    for image, example in zip(page.all("img"), EXAMPLES, strict=True):
+        picture = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+        expected = canvas_of(224).draw(example.shape)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(picture))), expected)
+    shapes = [example.shape for example in EXAMPLES]
+    assert [group["data-kind"] for group in page.all("section")] == [s.kind for s in shapes]
+    for text, shape in zip(page.text_of("br")[1::2], shapes, strict=True):
+        assert text == f"true area {shape.area:.2f}"
+
+
+def test_color_tells_the_sign_and_the_size_of_the_advantage(make_run):
+    advantages = [1.0, -0.5, 0.0, 9.0, None]
+    group = sample(0, *[completion(advantage=advantage) for advantage in advantages])
+    rows = page_of(make_run(group)).all("tr")[1:]
+    assert [row["class"] for row in rows] == ["above", "below", "equal", "above", "equal"]
+    strengths = [float(row["style"].removeprefix("--strength: ")) for row in rows]
+    assert strengths == [0.5, 0.25, 0.0, 1.0, 0.0]
+
+
+def test_filters_find_the_sum_and_the_step(make_run):
+    page = page_of(make_run(sample(0, completion(), completion(area_correctness=None)), sample(10)))
+    assert [row.get("data-sum") for row in page.all("tr")] == [None, "1.75", "nan", None, "1.75"]
+    assert [group["data-step"] for group in page.all("section")] == ["0", "10"]
+    sliders = [field for field in page.all("input") if field["type"] == "range"]
+    assert sliders == [{"type": "range", "name": "step", "min": "0", "max": "2", "value": "0"}]
+    assert "hidden" in page.all("fieldset")[0]  # until the script runs
+
+
+def test_curves_and_held_out_evaluations_are_drawn(make_run):
+    page = page_of(make_run(sample(0)))
+    assert len(page.all("svg")) == 6
+    assert page.text_of("figcaption")[3] == "KL to the reference, nats per token"
+    dots = [use for use in page.all("use") if "--orange" in use["style"]]
+    assert len(dots) == 2 * len(REWARDS)
+    assert curve([parse_evaluation({"steps_done": 15})], "kl", "steps")[0] == [15]
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_head_says_how_the_run_was_made(make_run):
+    page = page_of(make_run(sample(0), git_commit=None, device="cpu", resumed=[{}]))
+    assert page.text_of("title") == page.text_of("h1") == ["run"]
+    assert page.text_of("dt") == ["command", "versions", "device", "image size", "seed"]
+    assert page.text_of("dd") == ["python main.py", "torch 2.1, numpy 2.2", "cpu", "224", "7"]
+
+
+def test_steps_are_chosen(make_run, capsys):
+    run = make_run(sample(0), sample(10), sample(20))
+    groups = page_of(run, "--steps", "20,0").all("section")
+    assert [group["data-step"] for group in groups] == ["0", "20"]
+    assert "--steps 5: has no sample; those that have: 0, 10, 20" in refused(
+        run, capsys, "--steps", "0,5"
+    )
+    assert "--steps" in refused(run, capsys, "--steps", "first")
+
+
+def test_a_run_still_going_works(make_run):
+    run = make_run(sample(0))
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 10, "ind')
+    assert len(page_of(run).all("section")) == 1
+    (run / "samples.jsonl").write_text("")
+    assert len(page_of(run).all("section")) == 0
+
+
+def test_the_same_run_gives_the_same_bytes(make_run, tmp_path):
+    run = make_run(sample(0), sample(10))
+    for name in ("one.html", "two.html"):
+        report.main([str(run), "--out", str(tmp_path / name)])
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+# --- hostile text -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_of_texts(make_run):
+    """A run with these texts wherever a file of it can hold one."""
+
+    def make(texts: list[str], name: str):
+        group = sample(0, *[completion(text) for text in texts])
+        knobs = dict(zip(texts, texts, strict=True))
+        versions = {text: text for text in texts}
+        return make_run(group, name=name, command=" ".join(texts), versions=versions, knobs=knobs)
+
+    return make
+
+
+def test_hostile_texts_stay_text(run_of_texts):
+    page = page_of(run_of_texts(list(HOSTILE), name="one"))
+    harmless = page_of(run_of_texts([f"text {i}" for i in range(len(HOSTILE))], name="two"))
+    assert page.elements == harmless.elements
+    assert page.others == harmless.others == []
+    seen = [visible or text for text, visible in HOSTILE.items()]
+    assert page.text_of("div")[-len(HOSTILE) :] == seen
+    assert page.text_of("dd")[-len(HOSTILE) :] == seen
+    assert page.text_of("dd")[0] == " ".join(seen)
+
+
+def test_a_hostile_name_stays_text(make_run):
+    name = "<img src=x onerror=alert(1)><title>\u202e\"'"
+    page = page_of(make_run(sample(0), name=name))
+    assert page.text_of("h1") == page.text_of("title") == [name.replace("\u202e", "⟨U+202E⟩")]
+    assert page.elements == page_of(make_run(sample(0), name="harmless")).elements
+
+
+def test_a_long_text_is_cut(make_run):
+    run = make_run(sample(0, completion("<" * 1_000_000), completion("x" * 4_000)))
+    page = page_of(run)
+    assert page.text_of("div")[-2:] == ["<" * 4_000, "x" * 4_000]
+    assert page.text_of("em") == ["… 996,000 more characters"]
+    assert (run / "report.html").stat().st_size < 200_000
+
+
+def test_the_page_loads_nothing_and_runs_one_script(make_run):
+    run = make_run(sample(0))
+    page = page_of(run)
+    (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
+    (script,) = re.findall(r"<script>(.*?)</script>", (run / "report.html").read_text(), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert dict(rule.split(maxsplit=1) for rule in policy.split("; ")) == {
+        "default-src": "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "script-src": f"'sha256-{digest}'",
+    }
+    for tag, attributes in page.elements:
+        assert tag not in ("a", "link", "iframe", "object", "embed", "base", "form")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
+    assert not re.search(r"@import|url\((?!#)", (run / "report.html").read_text())
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_a_browser_agrees(run_of_texts, tmp_path):
+    run = run_of_texts(list(HOSTILE), name="run")
+    report.main([str(run)])
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
+    flags += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'browser'}"]
+    command = ["chromium", *flags, (run / "report.html").as_uri()]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    page = Page(answer.stdout)
+    assert page.text_of("title") == ["run"]
+    assert (
+        page.text_of("output")[-1] == f"{len(HOSTILE)} of {len(HOSTILE)} completions"
+    )  # its own script did run
+    assert "hidden" not in page.all("fieldset")[0]
+    assert len(page.all("script")) == len(page.all("img")) == 1
+    assert [text for text in page.text_of("div")[-len(HOSTILE) :] if "taken" in text] == [
+        text for text in HOSTILE if "taken" in text
+    ]
+
+
+@pytest.mark.parametrize("character", ["\0", "\x7f", "\x85", "\u200d", "\ufeff", "\udfff"])
+def test_what_cannot_be_seen_is_written_as_a_number(character):
+    assert escape(f"a{character}b") == f"a⟨U+{ord(character):04X}⟩b"
+
+
+# --- bad input ----------------------------------------------------------------------------
+
+
+def with_(change: dict) -> str:
+    """A line of samples.jsonl with something changed, in it or in its shape."""
+    line = sample(0)
+    shape = {key: value for key, value in change.items() if key in ("kind", "center", "vertices")}
+    rest = {key: value for key, value in change.items() if key not in shape}
+    return json.dumps({**line, "shape": {**line["shape"], **shape}, **rest}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", None, "No such file"),
+        ("config.json", "{", "does not describe a run"),
+        ("config.json", "[]", "does not describe a run"),
+        ("config.json", '{"config": []}', "does not describe a run"),
+        ("config.json", '{"config": {"image_size": "big"}}', "does not describe a run"),
+        ("config.json", '{"config": {"image_size": 225}}', "multiple of 28"),
+        ("config.json", '{"config": {"image_size": 224}, "versions": 1}', "does not describe"),
+        ("metrics.jsonl", None, "No such file"),
+        ("metrics.jsonl", "", "no step has been logged yet"),
+        ("evaluations.jsonl", None, "No such file"),
+        ("evaluations.jsonl", "{}\n", "line 1 has no 'steps_done'"),
+        ("samples.jsonl", None, "No such file"),
+        ("samples.jsonl", with_({}) + "not json\n", "line 2 is damaged"),
+        ("samples.jsonl", "[]\n", "line 1 is damaged"),
+        ("samples.jsonl", '{"step": 0, "kind": "square"}\n', "line 1 has no 'shape'"),
+        ("samples.jsonl", with_({"kind": "<star>"}), "no shape is a '<star>'"),
+        ("samples.jsonl", with_({"vertices": "many"}), "line 1 is damaged"),
+        ("samples.jsonl", with_({"kind": "circle", "center": []}), "line 1 is damaged"),
+        ("samples.jsonl", with_({"shape": {"sides": 4}}), "line 1 is damaged"),
+        ("samples.jsonl", with_({"step": 1e999}), "line 1 is damaged"),
+        ("samples.jsonl", with_({"area": "large"}), "line 1 is damaged"),
+        ("samples.jsonl", with_({"completions": None}), "line 1 is damaged"),
+        ("samples.jsonl", with_({"completions": [{"text": ""}]}), "line 1 has no 'advantage'"),
+    ],
+)
+def test_a_damaged_run_is_told_in_one_line_and_the_page_stays(
+    make_run, capsys, file, content, told
+):
+    run = make_run(sample(0))
+    (run / "report.html").write_text("the page before")
+    (run / file).unlink()
+    if content is not None:
+        (run / file).write_text(content)
+    error = refused(run, capsys)
+    assert str(run / file) in error
+    assert told in error
+    assert (run / "report.html").read_text() == "the page before"
+
+
+def test_a_full_disk_leaves_the_page_before(make_run, capsys, file_size_limit):
+    run = make_run(sample(0))
+    (run / "report.html").write_text("the page before")
+    with file_size_limit(10_000):
+        assert "report.html: cannot be written" in refused(run, capsys)
+    assert (run / "report.html").read_text() == "the page before"
+    assert {path.suffix for path in run.iterdir()} == {".html", ".json", ".jsonl"}
+
+
+@pytest.mark.parametrize("out", ["no such/folder.html", "run/config.json/x.html", "."])
+def test_a_place_that_cannot_be_written_is_named(make_run, tmp_path, capsys, out):
+    assert str(tmp_path / out) in refused(make_run(), capsys, "--out", str(tmp_path / out))
+
+
+def test_a_refusal_is_one_line_whatever_the_path(make_run, tmp_path, capsys):
+    assert "no such/config.json: No such file" in refused(tmp_path / "no\nsuch", capsys)
+    assert "no such/x.html" in refused(
+        make_run(), capsys, "--out", str(tmp_path / "no\nsuch/x.html")
+    )
