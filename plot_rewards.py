@@ -2,10 +2,14 @@
 
 python plot_rewards.py RUN            # three figures, in the run folder
 python plot_rewards.py RUN RUN ...    # one figure of the area reward, in the current folder
+
+Runs named alike but for a "-seed0", "-seed1", ... at the end are drawn as one curve: their mean,
+and a band from the lowest to the highest.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ REWARDS = {  # key in metrics.jsonl: title and range of the reward
     "xml_format_reward": ("XML format", (0.0, 0.5)),
 }
 AXES = {"prompts": "prompts seen", "steps": "steps"}
+SEED = re.compile(r"-seed[0-9]+$")  # at the end of a run's name
 
 
 class RunError(Exception):
@@ -43,7 +48,7 @@ def read_metrics(run: Path) -> list[dict]:
         try:
             step = json.loads(line)
             steps.append({"step": int(step["step"]), "prompts": int(step["prompts"]), **step})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise RunError(f"{path}: line {number} is not a step of a run") from error
     if not steps:
         raise RunError(f"{path}: no step has been logged yet")
@@ -70,6 +75,33 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     sums[window:] -= sums[:-window].copy()
     counts[window:] -= counts[:-window].copy()
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def seeds_of(runs: list[Path]) -> dict[str, list[Path]]:
+    """Return the runs by label: those named alike but for "-seed0" and the like are together.
+
+    >>> list(seeds_of([Path("runs/wide-seed0"), Path("runs/base"), Path("runs/wide-seed1")]))
+    ['wide, 2 seeds', 'base']
+    """
+    groups: dict[Path, list[Path]] = {}
+    for run in runs:
+        groups.setdefault(run.with_name(SEED.sub("", run.name)), []).append(run)
+    return {
+        f"{path.name}, {len(group)} seeds" if len(group) > 1 else group[0].name: group
+        for path, group in groups.items()
+    }
+
+
+def averages(
+    runs: list[Path], key: str, *, window: int, axis: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where to draw, (steps,), and the runs' moving averages, (runs, steps).
+
+    Runs of different lengths are compared as far as the shortest goes.
+    """
+    curves = [curve(read_metrics(run), key, axis) for run in runs]
+    steps = min(len(x) for x, _ in curves)
+    return curves[0][0][:steps], np.stack([moving_average(y[:steps], window) for _, y in curves])
 
 
 def change(run: Path, window: int) -> str:
@@ -119,13 +151,20 @@ def draw_variations(runs: list[Path], out: Path, *, window: int, axis: str) -> l
     key = "area_correctness_reward"
     title, limits = REWARDS[key]
     figure, axes = new_axes(title, f"moving average over {window} steps", AXES[axis], limits)
-    for run in runs:
-        x, y = curve(read_metrics(run), key, axis)
-        axes.plot(x, moving_average(y, window), linewidth=2, label=run.name)
+    draw_seeds(axes, runs, key, window=window, axis=axis)
     axes.legend(loc="lower right", frameon=False)
     path = out / f"{key}_variations.png"
     figure.savefig(path)
     return [path]
+
+
+def draw_seeds(axes, runs: list[Path], key: str, *, window: int, axis: str) -> None:
+    """Draw a curve for each run, or for the mean of its seeds, with a band of their range."""
+    for label, group in seeds_of(runs).items():
+        x, y = averages(group, key, window=window, axis=axis)
+        (line,) = axes.plot(x, y.mean(0), linewidth=2, label=label)
+        if len(group) > 1:
+            axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 # --- command ------------------------------------------------------------------------------

@@ -7,7 +7,15 @@ import pytest
 from PIL import Image
 
 import plot_rewards
-from plot_rewards import REWARDS, RunError, curve, moving_average, read_metrics
+from plot_rewards import (
+    REWARDS,
+    RunError,
+    averages,
+    curve,
+    moving_average,
+    read_metrics,
+    seeds_of,
+)
 
 
 @pytest.fixture
@@ -52,6 +60,33 @@ def test_several_runs_give_one_figure(run, tmp_path):
     assert (tmp_path / "area_correctness_reward_variations.png").exists()
 
 
+def test_seeds_are_averaged_step_by_step_as_far_as_all_of_them_go(tmp_path):
+    runs = [tmp_path / f"wide-seed{seed}" for seed in (0, 1)]
+    for run, rewards in zip(runs, ([0, 1, 2, 3], [2, 3, 4]), strict=True):
+        run.mkdir()
+        steps = [{"step": i, "prompts": i + 1, "r": reward} for i, reward in enumerate(rewards)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert list(seeds_of([*runs, tmp_path / "wide"])) == ["wide, 3 seeds"]
+    x, y = averages(runs, "r", window=2, axis="prompts")
+    assert x.tolist() == [1, 2, 3]
+    assert y.tolist() == [[0, 0.5, 1.5], [2, 2.5, 3.5]]
+
+
+def test_the_band_goes_from_the_lowest_seed_to_the_highest(run):
+    _, axes = plot_rewards.new_axes("", "", "", (0, 1))
+    runs = [run("a-seed0"), run("a-seed1", steps=20), run("b")]
+    key = "area_correctness_reward"
+    (runs[1] / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "prompts": 4 * i + 4, key: 1}) + "\n" for i in range(20))
+    )
+    plot_rewards.draw_seeds(axes, runs, key, window=1, axis="steps")
+    means, (band,) = [line.get_ydata() for line in axes.lines], axes.collections
+    np.testing.assert_allclose(means[0], (np.arange(20) / 50 + 1) / 2)  # of i / 50 and 1
+    assert len(means[1]) == 30
+    box = band.get_paths()[0].get_extents()
+    assert (box.y0, box.y1) == (0, 1)
+
+
 def test_axis_counts_prompts_or_steps(run):
     steps = read_metrics(run("base", steps=3))
     assert curve(steps, "area_format_reward", "prompts")[0].tolist() == [4, 8, 12]
@@ -70,6 +105,7 @@ def test_a_line_being_written_is_left_out(run):
         ("not json\n", 2, "line 3 is not a step of a run"),
         ("[1]\n", 0, "line 1 is not a step of a run"),
         ('{"step": 1}\n', 0, "line 1 is not a step of a run"),
+        ('{"step": Infinity, "prompts": 1}\n', 0, "line 1 is not a step of a run"),
     ],
 )
 def test_damaged_runs_are_named(run, tail, steps, message):
