@@ -225,15 +225,20 @@ def free_folder(runs: Path, name: str) -> Path:
     return folder
 
 
-def git_commit() -> str | None:
-    """Return the commit of this code, with "+changes" if files differ; None without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
-    command += ["--dirty=+changes", "--exclude=*"]
+def git_commit(root: Path = Path(__file__).parent) -> str | None:
+    """Return the commit of this code, with "+changes" if Python files differ; None without git."""
+    git = ["git", "-C", str(root)]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        commit, changes = (
+            subprocess.run([*git, *what], capture_output=True, text=True, timeout=10).stdout.strip()
+            for what in (
+                ("rev-parse", "--short=12", "HEAD"),
+                ("diff", "--stat", "HEAD", "--", "*.py"),
+            )
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return (commit + "+changes" if changes else commit) or None
 
 
 def package_versions() -> dict[str, str | None]:

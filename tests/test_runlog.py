@@ -2,11 +2,12 @@
 
 import json
 import os
+import subprocess
 import time
 
 import pytest
 
-from runlog import RunError, RunLog, Stopwatch, free_folder, new_run
+from runlog import RunError, RunLog, Stopwatch, free_folder, git_commit, new_run
 
 
 def test_every_record_is_one_line_whatever_it_holds(tmp_path):
@@ -30,6 +31,26 @@ def test_config_json_tells_how_the_run_was_made(tmp_path):
     assert description["device"] == "cpu"
     assert {"python", "torch", "transformers"} <= description["versions"].keys()
     assert {"command", "git_commit", "started"} <= description.keys()
+
+
+def test_the_commit_tells_whether_code_was_changed(tmp_path):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert git_commit(tmp_path / "nowhere") is None
+    git("init")
+    for name in ("code.py", "figure.png"):
+        (tmp_path / name).write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "figure.png").write_text("2")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "code.py").write_text("2")
+    assert git_commit(tmp_path) == f"{commit}+changes"
 
 
 def test_an_existing_run_is_never_written_to(tmp_path):
