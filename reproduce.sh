@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Makes the figures and tables of the README from nothing, on CPU cores alone:
+#
+#     ./reproduce.sh            every entry: see the last lines
+#     ./reproduce.sh gap        that one, with the runs it needs
+#
+# An entry whose result is in results/ is left out: delete the file to make it anew. A run that was
+# stopped goes on where it was. Runs go side by side, one core each; what is timed comes last, alone.
+set -euo pipefail
+cd "$(dirname "$0")"
+mkdir -p runs held-out results
+
+runs="
+base                  main.py
+rotated               main.py --rotate
+wide                  main.py WIDE
+wide-root             main.py WIDE --correctness root
+wide-log              main.py WIDE --correctness log
+wide-group4           main.py WIDE --group-size 4
+wide-group16          main.py WIDE --group-size 16
+wide-temp0.6          main.py WIDE --temperature 0.6
+cold100               cold_start.py WIDE --steps 100 COLD
+wide-coldgrpo         main.py WIDE --steps 100 --model runs/cold100-seedSEED
+wide-coldonly         cold_start.py WIDE --steps 200 COLD
+wide-beta0            main.py WIDE --beta 0
+wide-nostd            experiments/ablate.py std WIDE
+wide-nostop           experiments/ablate.py stop-token WIDE
+wide-temp0.6unscored  experiments/ablate.py scored-temperature WIDE --temperature 0.6
+"
+runs=${runs//WIDE/--min-size 5 --max-size 35}
+runs=${runs//COLD/--max-rotation 0 --sloppy 0 --mistakes 0 --area-noise 0 --batch-size 8 --lr 5e-4}
+declare -A tasks=(
+  [base]="--min-size 20 --max-size 35 --no-rotate"
+  [rotated]="--min-size 20 --max-size 35 --rotate"
+  [wide]="--min-size 5 --max-size 35 --no-rotate"
+)
+
+train() { # NAME SEED: prints the command that makes a run, or goes on with it, if there is need
+  local run=runs/$1-seed$2 program flags
+  read -r program flags < <(awk -v name="$1" '$1 == name { $1 = ""; print }' <<< "$runs")
+  [[ $program != *ablate.py ]] || { program="$program ${flags%% *}" flags=${flags#* }; }
+  if [ "$program" = cold_start.py ]; then
+    [ -f "$run/model.safetensors" ] ||
+      echo "rm -rf $run; python $program --model tiny $flags --seed $2 --out $run > $run.log"
+  elif [ ! -d "$run" ]; then
+    echo "python $program --preset tiny --eval-every 0 ${flags//SEED/$2} --seed $2" \
+      "--name $1-seed$2 > $run.log"
+  elif [ ! -d "$run/final" ]; then
+    echo "python $program --resume $run > $run.log"
+  fi
+}
+
+answer() { # NAME SEED TASK TEMPERATURE: prints the command for held-out answers, if there is need
+  local file=held-out/$1-seed$2-on-$3-at-$4 model=runs/$1-seed$2
+  [ "$1" != before ] || model=tiny
+  [ -f "$file.json" ] || echo "python evaluate.py $model ${tasks[$3]} --seed $2 --temperature $4" \
+    "--show 0 --plot $file.png --json $file.json > $file.txt"
+}
+
+side_by_side() { # runs the commands that it reads
+  OMP_NUM_THREADS=1 xargs -r -d '\n' -P "$(nproc)" -I{} sh -c 'echo "{}"; {} 2>&1'
+}
+
+keep() { # NAME COMMAND...: writes what the command prints, and what made it, to results/NAME.txt
+  printf '$ %s\ncommit %s\n\n' "${*:2}" \
+    "$(python -c 'import runlog; print(runlog.git_commit())')" > results/.partial
+  "${@:2}" | tee -a results/.partial
+  mv results/.partial "results/$1.txt"
+}
+
+seeds="0 1 2"
+models() { # TASKS NAME...: trains each with all seeds, lets it answer the tasks
+  local name seed task temperature
+  for name in "${@:2}"; do
+    for seed in $seeds; do [ "$name" = before ] || train "$name" "$seed"; done
+  done | side_by_side
+  for name in "${@:2}"; do
+    for seed in $seeds; do
+      for task in $1; do
+        for temperature in 0 1; do answer "$name" "$seed" "$task" "$temperature"; done
+      done
+    done
+  done | side_by_side
+}
+
+# --- the entries, in order of their time
+
+pictures() { keep pictures python shapes.py --out results; }
+
+foreseen() { keep foreseen sh -c 'python main.py --dry-run || [ $? = 2 ]'; } # it does not fit here
+
+base() {
+  models base before base
+  cp held-out/base-seed0-on-base-at-0.png results/evaluation.png
+  python plot_rewards.py runs/base-seed0 --out results
+  python report.py runs/base-seed0
+  ! command -v chromium > /dev/null || chromium --headless --no-sandbox --window-size=1200,1240 \
+    --screenshot=results/report.png "file://$PWD/runs/base-seed0/report.html" 2> /dev/null
+  keep base python experiments/figures.py base
+}
+
+variations() {
+  models "" base rotated wide
+  keep variations python experiments/figures.py variations
+}
+
+transfer() {
+  models "base rotated wide" before base rotated wide
+  keep transfer python experiments/figures.py transfer
+}
+
+gap() {
+  models wide before wide wide-root wide-log wide-group4 wide-group16 wide-temp0.6 \
+    cold100 wide-coldonly
+  models wide wide-coldgrpo # starts from cold100
+  keep gap python experiments/figures.py gap
+}
+
+confirm() {
+  seeds="3 4 5" models wide wide wide-log wide-group16
+  keep confirm python experiments/figures.py confirm
+}
+
+ablations() {
+  models wide wide wide-group4 wide-group16 wide-nostd wide-beta0 wide-temp0.6 \
+    wide-temp0.6unscored wide-nostop
+  keep ablations python experiments/figures.py ablations
+}
+
+faults() { keep faults python benchmarks/faults.py --seed 1; }
+
+speed() {
+  pip install --quiet -r benchmarks/requirements.txt
+  keep speed sh -ec "cd benchmarks; python step.py; python memory.py; python growth.py"
+}
+
+entries="pictures foreseen base variations transfer gap confirm ablations faults speed"
+for entry in ${*:-$entries}; do
+  if [[ " $entries " != *" $entry "* ]]; then
+    echo "reproduce.sh: $entry: must be one of: $entries" >&2
+    exit 2
+  elif [ -e "results/$entry.txt" ]; then
+    echo "$entry: results/$entry.txt is there"
+  else
+    echo "$entry:"
+    "$entry"
+  fi
+done

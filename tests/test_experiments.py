@@ -1,0 +1,140 @@
+"""experiments/: what is taken out is really out, and the README's tables are those of results/."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY, config_of
+from test_main import SMALL
+
+import cold_start
+import grpo
+import health
+import main
+from experiments import ablate, figures
+from runlog import read_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def take_out(monkeypatch):
+    """`ablate.take_out`, undone after the test."""
+    for module, name, _ in ablate.ABLATIONS.values():
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(health, "check_sampler_gap", health.check_sampler_gap)
+    return ablate.take_out
+
+
+# --- ablations ----------------------------------------------------------------------------
+
+
+def test_without_std_advantages_are_only_centered(take_out):
+    rewards = torch.tensor([[1.0, 3.0]])
+    assert grpo.group_advantages(rewards).abs().max() < 1  # 1 / sqrt(2)
+    take_out("std")
+    assert grpo.group_advantages(rewards, divide_by_std=True).tolist() == [[-1.0, 1.0]]
+
+
+def test_without_the_stop_token_the_last_token_of_a_row_has_no_weight(take_out):
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    take_out("stop-token")
+    weights = grpo.token_weights(mask, loss="grpo", max_new_tokens=3)
+    torch.testing.assert_close(weights, torch.tensor([[1 / 6, 1 / 6, 0], [0, 0, 0]]))
+
+
+def test_without_kahan_a_small_update_of_a_bf16_weight_is_lost(take_out):
+    config = config_of("--lr", "1e-6", "--warmup-steps", "0")
+    moved = {}
+    for name in ("whole", "without"):
+        weight = torch.nn.Parameter(torch.full((1,), 0.02, dtype=torch.bfloat16))
+        optimizer = main.make_optimizer(config, SimpleNamespace(parameters=lambda w=weight: [w]))
+        before = weight.item()
+        for _ in range(500):  # of 1e-6 each; the next bf16 is 1.2e-4 away
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[name] = before - weight.item()
+        take_out("kahan")
+    assert moved["whole"] == pytest.approx(5e-4, abs=1.2e-4)
+    assert moved["without"] == 0
+
+
+@pytest.mark.parametrize(("part", "gap"), [(None, 0.0), ("scored-temperature", 0.1)])
+def test_scoring_at_another_temperature_than_sampling_shows_in_the_gap(
+    take_out, tmp_path, part, gap
+):
+    if part:
+        take_out(part)
+    flags = ["--steps", "1", "--eval-every", "0", "--temperature", "0.6", "--name", "run"]
+    main.main([*SMALL, *flags, "--runs", str(tmp_path)])
+    (step,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert step["sampler_gap_mean"] == pytest.approx(gap, abs=0.5 * gap + 1e-5)
+
+
+def test_a_part_that_is_not_known_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ablate.py", "everything"])
+    with pytest.raises(SystemExit, match="one of: std, stop-token, scored-temperature, kahan"):
+        ablate.run()
+
+
+# --- figures and reproduce.sh -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", figures.ENTRIES)
+def test_the_tables_of_the_readme_are_those_of_the_results(name):
+    found = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    _, tabulate, _ = figures.ENTRIES[name]
+    assert tabulate(found["numbers"]) in (ROOT / "README.md").read_text()
+    commits = {run["git_commit"] for run in [found["made_by"], *found["made_by"]["runs"].values()]}
+    assert not any(commit.endswith("+changes") for commit in commits)
+
+
+def test_errors_are_percent_by_group_one_per_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HELD_OUT", tmp_path)
+    groups = ("all", *figures.THIRDS, *figures.KINDS)
+    for seed in figures.SEEDS:
+        summary = {group: {"relative_error_mean": seed / 100} for group in groups}
+        summary["small"] = {"relative_error_mean": 0.5}
+        path = tmp_path / f"x-seed{seed}-on-wide-at-1.json"
+        path.write_text(json.dumps({"summaries": summary}))
+    found = figures.errors("x", "wide", "sampled")
+    assert found["all"] == [0.0, 1.0, 2.0]
+    assert found["small"] == [50.0, 50.0, 50.0]
+
+
+def commands() -> dict[str, list[str]]:
+    """The table of reproduce.sh, its abbreviations spelled out: name of a run -> its command."""
+    script = 'source <(sed "/^for entry/,$ d; /^mkdir/d" reproduce.sh); echo "$runs"'
+    lines = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout.splitlines()
+    return {line.split()[0]: line.split()[1:] for line in lines if line}
+
+
+def test_each_run_of_reproduce_sh_has_flags_that_are_accepted():
+    for program, *flags in commands().values():
+        if program == "cold_start.py":
+            parser = cold_start.make_parser()
+            args = parser.parse_args(["--model", TINY, "--out", "none", *flags])
+            cold_start.check_arguments(args)
+            continue
+        if program == "experiments/ablate.py":
+            assert flags.pop(0) in ablate.ABLATIONS
+        else:
+            assert program == "main.py"
+        config_of("--preset", "tiny", *flags)
+
+
+def test_what_is_compared_is_what_reproduce_sh_makes():
+    ablated = {name for runs in figures.ABLATIONS.values() for name in runs.values()}
+    kept = json.loads(figures.TAKEN_OUT.read_text())["numbers"]
+    compared = {*figures.GAP.values(), *figures.CONFIRM.values()} - {"before", *kept}
+    assert {*figures.TASKS, *compared, *ablated} <= commands().keys()
+    text = (ROOT / "reproduce.sh").read_text()
+    for entry, names in {"gap": compared, "ablations": ablated}.items():
+        (body,) = re.findall(rf"^{entry}\(\) {{(.*?)^}}", text, re.S | re.M)
+        assert names <= set(body.split())
