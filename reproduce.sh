@@ -26,6 +26,8 @@ wide-beta0            main.py WIDE --beta 0
 wide-nostd            experiments/ablate.py std WIDE
 wide-nostop           experiments/ablate.py stop-token WIDE
 wide-temp0.6unscored  experiments/ablate.py scored-temperature WIDE --temperature 0.6
+wide-bf16             main.py WIDE --dtype bfloat16
+wide-bf16-plain       experiments/ablate.py kahan WIDE --dtype bfloat16
 "
 runs=${runs//WIDE/--min-size 5 --max-size 35}
 runs=${runs//COLD/--max-rotation 0 --sloppy 0 --mistakes 0 --area-noise 0 --batch-size 8 --lr 5e-4}
@@ -127,6 +129,11 @@ ablations() {
   keep ablations python experiments/figures.py ablations
 }
 
+bf16() {
+  models wide wide wide-bf16 wide-bf16-plain
+  keep bf16 python experiments/figures.py bf16
+}
+
 faults() { keep faults python benchmarks/faults.py --seed 1; }
 
 speed() {
@@ -134,7 +141,7 @@ speed() {
   keep speed sh -ec "cd benchmarks; python step.py; python memory.py; python growth.py"
 }
 
-entries="pictures foreseen base variations transfer gap confirm ablations faults speed"
+entries="pictures foreseen base variations transfer gap confirm ablations bf16 faults speed"
 for entry in ${*:-$entries}; do
   if [[ " $entries " != *" $entry "* ]]; then
     echo "reproduce.sh: $entry: must be one of: $entries" >&2

@@ -6,6 +6,7 @@ python experiments/figures.py transfer       # what training on one task buys on
 python experiments/figures.py gap            # what helps on the wide size range
 python experiments/figures.py confirm        # what helped, with other seeds
 python experiments/figures.py ablations      # what each part of the algorithm is there for
+python experiments/figures.py bf16           # what Kahan summation is there for
 
 Run NAME-seedN is read from runs/, its answers from held-out/NAME-seedN-on-TASK-at-TEMPERATURE.json,
 as `evaluate.py --json` writes them; reproduce.sh makes both. What comes out goes to results/: a
@@ -77,6 +78,11 @@ ABLATIONS = {  # panel: the runs in it, label -> name, the first as it is; all o
     },
     "stop token": {"trained": "wide", "not trained": "wide-nostop"},
 }
+BF16 = {  # row of the table, curve: run
+    "fp32 weights": "wide",
+    "bf16 weights, Kahan summation": "wide-bf16",
+    "bf16 weights, plain AdamW": "wide-bf16-plain",
+}
 
 
 # --- numbers ----------------------------------------------------------------------------
@@ -138,11 +144,11 @@ def markdown(head: list[str], rows: dict[str, list[str]]) -> str:
 # --- drawing ----------------------------------------------------------------------------
 
 
-def new_figure(panels: int, *, size: tuple[float, float]):
+def new_figure(panels: int, *, size: tuple[float, float], sharey: bool = True):
     """Return a figure and its panels, side by side, with a light grid and no box."""
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, sharey=True)
+    axes = figure.subplots(1, panels, sharey=sharey)
     for each in axes:
         each.grid(color="0.9")
         each.spines[["top", "right"]].set_visible(False)
@@ -356,6 +362,29 @@ def ablations_figure(_: dict) -> Figure:
     return figure
 
 
+# --- bf16: weights that are rounded after every update ----------------------------------
+
+
+def bf16_numbers() -> dict:
+    """Return the errors on the wide task, by how the weights are kept."""
+    return {name: errors_on_wide(name) for name in BF16.values()}
+
+
+def bf16_table(numbers: dict) -> str:
+    """Return the errors as `gap_table` does."""
+    return by_size(numbers, BF16)
+
+
+def bf16_figure(_: dict) -> Figure:
+    """Return the area reward while training, and how far the policy is from where it began."""
+    figure, panels = new_figure(2, size=(9, 3.6), sharey=False)
+    for axes, key in zip(panels, ("area_correctness_reward", "kl"), strict=True):
+        draw_named(axes, BF16, key)
+        axes.set(xlabel="prompts seen", ylabel=f"{key.replace('_', ' ')}, mean of {WINDOW} steps")
+    panels[0].legend(frameon=False, loc="lower right")
+    return figure
+
+
 # --- command ----------------------------------------------------------------------------
 
 ENTRIES = {  # numbers, their table, a figure
@@ -365,6 +394,7 @@ ENTRIES = {  # numbers, their table, a figure
     "gap": (gap_numbers, gap_table, gap_figure),
     "confirm": (confirm_numbers, confirm_table, None),
     "ablations": (ablations_numbers, ablations_table, ablations_figure),
+    "bf16": (bf16_numbers, bf16_table, bf16_figure),
 }
 
 

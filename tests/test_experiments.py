@@ -133,8 +133,9 @@ def test_what_is_compared_is_what_reproduce_sh_makes():
     ablated = {name for runs in figures.ABLATIONS.values() for name in runs.values()}
     kept = json.loads(figures.TAKEN_OUT.read_text())["numbers"]
     compared = {*figures.GAP.values(), *figures.CONFIRM.values()} - {"before", *kept}
-    assert {*figures.TASKS, *compared, *ablated} <= commands().keys()
+    rounded = set(figures.BF16.values())
+    assert {*figures.TASKS, *compared, *ablated, *rounded} <= commands().keys()
     text = (ROOT / "reproduce.sh").read_text()
-    for entry, names in {"gap": compared, "ablations": ablated}.items():
+    for entry, names in {"gap": compared, "ablations": ablated, "bf16": rounded}.items():
         (body,) = re.findall(rf"^{entry}\(\) {{(.*?)^}}", text, re.S | re.M)
         assert names <= set(body.split())
