@@ -23,7 +23,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from policy import GIB, Loaded, ModelError, copy_weights, first_line, optimizer_copies, save_weights
+from policy import (
+    GIB,
+    Loaded,
+    ModelError,
+    copy_policy,
+    copy_weights,
+    first_line,
+    optimizer_copies,
+    save_merged,
+    save_policy,
+    save_weights,
+    trainable,
+)
 
 FAILURES = (OSError, RuntimeError, SafetensorError)  # what the savers raise on a full disk
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
@@ -63,17 +75,14 @@ def save(
     """
     check_finite(loaded.policy)
     folder = run / "checkpoints" / f"step-{steps_done:06}"
-    needed = checkpoint_bytes(
-        loaded.policy, with_optimizer=with_optimizer, with_reference=with_reference
-    )
+    needed = checkpoint_bytes(loaded, with_optimizer=with_optimizer, with_reference=with_reference)
     free = shutil.disk_usage(run).free
     if needed > free:
         raise CheckpointError(f"it takes {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free")
     state = {"steps_done": steps_done, "checksums": checksums(loaded, optimizer, with_optimizer)}
     try:
         with whole_folder(folder) as partial:
-            save_weights(loaded.policy, partial)
-            loaded.processor.save_pretrained(partial)
+            save_policy(loaded, partial)
             if with_reference:
                 save_weights(loaded.reference, partial / "reference")
             if with_optimizer:
@@ -86,13 +95,15 @@ def save(
     return folder
 
 
-def save_final(run: Path, loaded: Loaded) -> None:
-    """Write the trained model and its processor to `final/`. Raises `CheckpointError`."""
+def save_final(run: Path, loaded: Loaded, *, merge: bool = False) -> None:
+    """Write the trained model, or its adapter, and its processor to `final/`.
+
+    With `merge` the model with its adapter in its weights. Raises `CheckpointError`.
+    """
     check_finite(loaded.policy)
     try:
         with whole_folder(run / "final") as partial:
-            save_weights(loaded.policy, partial)
-            loaded.processor.save_pretrained(partial)
+            (save_merged if merge else save_policy)(loaded, partial)
     except FAILURES as error:
         raise CheckpointError(first_line(error)) from error
 
@@ -108,16 +119,15 @@ def check_finite(policy) -> None:
         raise CheckpointError("the policy has weights that are not finite")
 
 
-def checkpoint_bytes(policy, *, with_optimizer: bool, with_reference: bool) -> int:
+def checkpoint_bytes(loaded: Loaded, *, with_optimizer: bool, with_reference: bool) -> int:
     """Return about how much disk a checkpoint takes: 62 GiB for 8.29 billion bf16 parameters."""
-    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
-    parts = copies(policy.dtype, with_optimizer=with_optimizer, with_reference=with_reference)
-    return int(ROOM * parts * weights)
-
-
-def copies(dtype: torch.dtype, *, with_optimizer: bool, with_reference: bool) -> int:
-    """Return how many tensors a checkpoint holds for each of the policy's."""
-    return 1 + optimizer_copies(dtype) * with_optimizer + with_reference
+    weights, trained = (
+        sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        for parameters in (loaded.policy.parameters(), trainable(loaded.policy))
+    )
+    saved = weights if loaded.adapter is None else trained
+    moments = optimizer_copies(loaded.policy.dtype) * trained
+    return int(ROOM * (saved + with_optimizer * moments + with_reference * weights))
 
 
 @contextmanager
@@ -177,7 +187,7 @@ def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) 
     """
     try:
         state = read_state(checkpoint)
-        copy_weights(checkpoint, loaded.policy)
+        copy_policy(checkpoint, loaded)
         if (checkpoint / "reference").is_dir():
             copy_weights(checkpoint / "reference", loaded.reference)
         on_cpu = loaded.policy.device.type == "cpu"

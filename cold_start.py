@@ -32,7 +32,16 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from policy import Loaded, ModelError, encode, load, place, use_own_attention
+from policy import (
+    Loaded,
+    ModelError,
+    encode,
+    load,
+    place,
+    shape_config,
+    trained_count,
+    use_own_attention,
+)
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from scoring import completion_logprobs
 from shapes import Example, Shape, ShapeSpec, check_image_size, make_example
@@ -333,7 +342,7 @@ def starting_model(args: argparse.Namespace) -> Loaded:
     device, dtype = place(
         args.model,
         device=args.device,
-        training=True,
+        trained=trained_count(shape_config(args.model)),
         command_that_runs="python cold_start.py --from-scratch --out DIR",
     )
     return load(args.model, device=device, dtype=dtype)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,6 +42,11 @@ class Config:
         "layers recomputed in the backward pass, a number; auto: as few as memory allows",
         free=True,
     )
+    freeze_vision: bool = knob(False, "train the language model only, not the vision tower")
+    lora_rank: int = knob(
+        0, "train LoRA adapters of that rank (needs peft); 0: the weights", least=0, most=1024
+    )
+    merge: bool = knob(False, "with --lora-rank: final/ is the merged model", free=True)
     # task
     min_size: float = knob(20.0, "smallest dimension, grid units", above=0)
     max_size: float = knob(35.0, "largest dimension, grid units", above=0)
@@ -255,8 +261,25 @@ def check(config: Config, given: dict) -> None:
         raise ValueError("--reference-mix: has no effect without --sync-reference-every")
     if config.sync_reference_every and config.beta == 0:
         raise ValueError("--sync-reference-every: there is no reference with --beta 0")
+    check_adapter(config, given)
     check_image_size(config.image_size)
     _ = config.spec  # refuses shapes that do not fit
+
+
+def check_adapter(config: Config, given: dict) -> None:
+    """Raise `ValueError` for what does not go together with --lora-rank, or without it."""
+    if not config.lora_rank:
+        if config.merge:
+            raise ValueError("--merge: has no effect without --lora-rank")
+        return
+    if find_spec("peft") is None:
+        raise ValueError(f"--lora-rank {config.lora_rank}: needs peft: pip install peft")
+    if "freeze_vision" in given and not config.freeze_vision:
+        raise ValueError("--no-freeze-vision: --lora-rank trains the language model only")
+    if config.sync_reference_every:
+        raise ValueError(
+            "--sync-reference-every: with --lora-rank the reference is the model itself, and stays"
+        )
 
 
 def flag_of(name: str) -> str:

@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from policy import Prompts, send, stop_ids
+from policy import Prompts, see, send, stop_ids
 from sampling import Sampler, completion_texts
 from scoring import completion_logprobs
 
@@ -94,6 +94,7 @@ def collect_rollout(
 
     `reward_fn(text, q)` judges one completion of prompt q; its result's `total` is the reward.
     """
+    prompts = see(sampler.model, prompts)
     completions = sampler.generate(
         prompts, group_size=group_size, temperature=temperature, generator=generator
     )

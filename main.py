@@ -38,9 +38,8 @@ from grpo import (
     update,
 )
 from health import Health, StopSignal, Unhealthy, follow_the_parent
-from memory import EXACT, Work, estimate, parameters_of, table, what_would_fit
+from memory import EXACT, Work, estimate, parameters_of, table, trained_of, what_would_fit
 from policy import (
-    DTYPES,
     GIB,
     Loaded,
     ModelError,
@@ -51,6 +50,7 @@ from policy import (
     free_memory,
     load,
     place,
+    trainable,
 )
 from rewards import SYSTEM_MESSAGE, Reward, make_prompt, score
 from runlog import (
@@ -111,7 +111,7 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
                 save = False
             if stop.number and not is_last:
                 leave(log, stop.number)
-    checkpoint.save_final(log.folder, loaded)
+    checkpoint.save_final(log.folder, loaded, merge=config.merge)
 
 
 def take_step(
@@ -140,13 +140,14 @@ def take_step(
         generator=make_generator(config.device, config.seed, step),
     )
     watch.lap("rollout_s")
-    if loaded.reference is not None:
-        rollout = score_reference(
-            loaded.reference, rollout, passes=passes, temperature=config.temperature
-        )
+    if config.beta > 0:
+        with loaded.as_reference() as reference:
+            rollout = score_reference(
+                reference, rollout, passes=passes, temperature=config.temperature
+            )
     watch.lap("reference_s")
     stats = update(loaded.policy, optimizer, rollout, passes=passes, **pick(config, *UPDATE_KNOBS))
-    if loaded.reference is not None and is_due(step, config.sync_reference_every):
+    if is_due(step, config.sync_reference_every):
         sync_reference(loaded.policy, loaded.reference, mix=config.reference_mix)
     watch.lap("update_s")
     stats["micro_batch"] = passes.micro_batch
@@ -220,7 +221,7 @@ def pick(config: Config, *names: str) -> dict:
 def make_optimizer(config: Config, policy) -> optimi.AdamW:
     """Return AdamW; on bf16 weights it adds Kahan summation, or small updates would be lost."""
     return optimi.AdamW(
-        policy.parameters(),
+        trainable(policy),
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=ADAM_EPS,
@@ -489,6 +490,7 @@ def work_of(config: Config) -> Work:
     sizes = ("model", "prompts_per_step", "group_size", "max_new_tokens", "image_size")
     return Work(
         **pick(config, *sizes, "micro_batch", "layers_to_checkpoint"),
+        **pick(config, "lora_rank", "freeze_vision"),
         device=device,
         dtype=dtype,
         reference=config.beta > 0,
@@ -522,16 +524,19 @@ def report_needs(config: Config, folder: Path) -> bool:
 def disk_needs(config: Config, folder: Path) -> tuple[str, bool]:
     """Return what a run writes, in one line, and whether there is room for it."""
     work = work_of(config)
-    weights = estimate(work, free=None)["weights"]
-    each = weights * checkpoint.copies(DTYPES[work.dtype], **what_is_saved(config))
+    sizes, parts = estimate(work, free=None), what_is_saved(config)
+    saved = sizes["gradients" if config.lora_rank else "weights"]
+    each = saved + parts["with_optimizer"] * sizes["optimizer"]
+    each += parts["with_reference"] * sizes["weights"]
+    final = saved + config.merge * sizes["weights"]
     saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
     at_once = min(config.keep + 1, saves)  # an old one goes when the new one is whole
     free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.exists())).free
     text = (
         f"Disk: {each / GIB:.2f} GiB a checkpoint, up to {at_once} at once, and "
-        f"{weights / GIB:.2f} GiB for final/; {free / GIB:.2f} GiB are free"
+        f"{final / GIB:.2f} GiB for final/; {free / GIB:.2f} GiB are free"
     )
-    return text, at_once * each + weights <= free
+    return text, at_once * each + final <= free
 
 
 # --- main -------------------------------------------------------------------------------
@@ -550,7 +555,9 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0 if report_needs(config, folder) else 2)
         config = placed(config)
         loaded = load(
-            config.model, device=config.device, dtype=config.dtype, reference=config.beta > 0
+            config.model,
+            reference=config.beta > 0,
+            **pick(config, "device", "dtype", "freeze_vision", "lora_rank", "seed"),
         )
         if run:
             log, optimizer, steps_done = resume(config, loaded, run, saved)
@@ -577,8 +584,8 @@ def placed(config: Config) -> Config:
         config.model,
         device=config.device,
         dtype=config.dtype,
-        training=True,
-        reference=config.beta > 0,
+        trained=trained_of(config.model, config.lora_rank, config.freeze_vision),
+        reference=config.beta > 0 and not config.lora_rank,
         command_that_runs="python main.py --preset tiny",
     )
     config = dataclasses.replace(config, device=device, dtype=dtype)

@@ -10,12 +10,13 @@ from itertools import combinations
 
 from transformers import Qwen2_5_VLConfig
 
-from policy import DTYPES, GIB, optimizer_copies, parameter_count, shape_config
+from policy import DTYPES, GIB, optimizer_copies, parameter_count, shape_config, trained_count
 from scoring import CHUNK, HEADROOM, activation_bytes
 
 TEXT_TOKENS = 200  # of a prompt: a little more than it has with Qwen's vocabulary
 LIBRARIES = {"cuda": GIB, "cpu": 6 * GIB // 10}  # CUDA context; Python with torch and the others
 EXACT = ("weights", "gradients", "optimizer", "reference", "key-value cache")  # of `estimate`
+LORA_RANK = 32  # proposed where training all weights does not fit
 SMALLER_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
@@ -33,6 +34,13 @@ class Work:
     micro_batch: int
     layers_to_checkpoint: int | None  # None: as few as memory allows
     reference: bool
+    lora_rank: int = 0
+    freeze_vision: bool = False
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the weights themselves are trained, and not adapters beside them."""
+        return self.lora_rank == 0
 
     @property
     def config(self) -> Qwen2_5_VLConfig:
@@ -55,12 +63,13 @@ def estimate(work: Work, *, free: int | None) -> dict[str, int]:
     text = work.config.text_config
     size, layers = DTYPES[work.dtype].itemsize, text.num_hidden_layers
     parameters = parameters_of(work.model) * size
+    trained = trained_of(work.model, work.lora_rank, work.freeze_vision) * size
     tokens = work.micro_batch * (work.prompt_tokens + work.group_size * work.max_new_tokens)
     sizes = {
         "weights": parameters,
-        "gradients": parameters,
-        "optimizer": optimizer_copies(DTYPES[work.dtype]) * parameters,
-        "reference": parameters * work.reference,
+        "gradients": trained,
+        "optimizer": optimizer_copies(DTYPES[work.dtype]) * trained,
+        "reference": parameters * (work.reference and work.trains_all),
         "key-value cache": cache_bytes(work),
         "vision tower": vision_bytes(work),
         "log-probs": logits_bytes(work),
@@ -84,6 +93,12 @@ def parameters_of(model: str) -> int:
     return parameter_count(shape_config(model))
 
 
+@lru_cache
+def trained_of(model: str, lora_rank: int, freeze_vision: bool) -> int:
+    """Return how many parameters are trained."""
+    return trained_count(shape_config(model), lora_rank=lora_rank, freeze_vision=freeze_vision)
+
+
 def cache_bytes(work: Work) -> int:
     """Return the bytes of all rows' keys and values, which the sampler keeps from step to step."""
     text, rows = work.config.text_config, work.prompts_per_step * work.group_size
@@ -95,6 +110,8 @@ def cache_bytes(work: Work) -> int:
 
 def vision_bytes(work: Work) -> int:
     """Return the bytes that the vision tower keeps of a micro-batch for the backward pass."""
+    if work.freeze_vision or not work.trains_all:
+        return 0
     vision = work.config.vision_config
     patches = work.micro_batch * (work.image_size // vision.patch_size) ** 2
     return vision.depth * patches * activation_bytes(vision, DTYPES[work.dtype])
@@ -104,7 +121,8 @@ def logits_bytes(work: Work) -> int:
     """Return the bytes of fp32 logits: of sampling, or of a scoring pass with its gradient."""
     text = work.config.text_config
     sampling = 3 * work.prompts_per_step * work.group_size * text.vocab_size
-    scoring = 3 * CHUNK * text.vocab_size + text.vocab_size * text.hidden_size
+    gradient = text.vocab_size * text.hidden_size if work.trains_all else 0
+    scoring = 3 * CHUNK * text.vocab_size + gradient
     return 4 * max(sampling, scoring)
 
 
@@ -119,6 +137,7 @@ def what_would_fit(work: Work, free: int) -> str | None:
         "--max-new-tokens 256": {"max_new_tokens": min(256, work.max_new_tokens)},
         "--group-size 4": {"group_size": min(4, work.group_size)},
         "--beta 0": {"reference": False},
+        f"--lora-rank {LORA_RANK}": {"lora_rank": work.lora_rank or LORA_RANK},
         f"--model {SMALLER_MODEL}": {"model": SMALLER_MODEL},
     }
     useful = [flag for flag, change in changes.items() if replace(work, **change) != work]

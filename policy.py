@@ -9,8 +9,12 @@ left by the previous call.
 """
 
 import copy
+import json
 import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from qwen_vl_utils import process_vision_info
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -60,6 +65,7 @@ HUB_TEXT_CONFIGS = {  # so that a machine too small is told before anything is d
 LARGEST_ON_CPU = 1_000_000_000  # parameters; a larger model is refused without a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGE_TYPE = 1  # in mm_token_type_ids
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GIB = 2**30
 
 
@@ -72,18 +78,41 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """The policy, its frozen copy (None when it is not needed) and what turns text into tokens."""
+    """The policy, its frozen copy (None when it is not needed) and what turns text into tokens.
+
+    `adapter` is peft's view of a policy of which only LoRA adapters are trained.
+    """
 
     policy: Qwen2_5_VLForConditionalGeneration
     reference: Qwen2_5_VLForConditionalGeneration | None
     processor: object
+    adapter: object | None = None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[Qwen2_5_VLForConditionalGeneration]:
+        """Yield what the policy is held against: its frozen copy, or itself without its adapter."""
+        if self.adapter is None:
+            yield self.reference
+        else:
+            with self.adapter.disable_adapter():
+                yield self.policy
 
 
-def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loaded:
+def load(
+    model: str,
+    *,
+    device: str,
+    dtype: str,
+    reference: bool = False,
+    freeze_vision: bool = False,
+    lora_rank: int = 0,
+    seed: int = 0,
+) -> Loaded:
     """Return the model of a folder or hub id, in `dtype` on `device`. Raises `ModelError`.
 
-    The dtype is passed to the loader: `model.to(bfloat16)` would round the rotary frequencies as
-    well.
+    With a `lora_rank` only adapters of that rank are trained, random numbers from `seed`; the
+    reference is the model without them, and takes no copy. The dtype is passed to the loader:
+    `model.to(bfloat16)` would round the rotary frequencies as well.
     """
     model_config(model)
     policy = load_weights(model, DTYPES[dtype])
@@ -94,8 +123,35 @@ def load(model: str, *, device: str, dtype: str, reference: bool = False) -> Loa
         raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
     use_own_attention(policy)
     policy.to(device).eval()
+    if lora_rank:
+        return Loaded(policy, None, processor, add_adapter(policy, model, lora_rank, seed))
     frozen = copy.deepcopy(policy).requires_grad_(False) if reference else None
+    policy.model.visual.requires_grad_(not freeze_vision)
     return Loaded(policy, frozen, processor)
+
+
+def add_adapter(policy, model: str, rank: int, seed: int):
+    """Freeze the policy, put LoRA adapters beside its language model's linear layers, trainable.
+
+    W becomes W + 2 B A with A (rank, inputs) random and B (outputs, rank) zero (Hu et al. 2021,
+    arXiv:2106.09685), so that nothing changes at first. Returns peft's view of the policy.
+    """
+    from peft import LoraConfig, get_peft_model  # an optional dependency
+
+    policy.name_or_path = os.path.abspath(model) if os.path.isdir(model) else model
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(ADAPTED), exclude_modules=".*visual.*"
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls
+        torch.manual_seed(seed)
+        # in the weights' own dtype: AdamW with Kahan summation loses nothing in bf16
+        return get_peft_model(policy, config, autocast_adapter_dtype=False)
+
+
+def trainable(model) -> list[torch.nn.Parameter]:
+    """Return the parameters that are trained: all, all but the vision tower's, or adapters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def load_weights(
@@ -103,11 +159,14 @@ def load_weights(
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Return the model of a folder or hub id on the host; safetensors only, no code of others.
 
-    With its own config, unless one is given.
+    With its own config, unless one is given. A folder with an adapter gives the model that it
+    belongs to, with the adapter merged into its weights.
 
     Raises `ModelError`, also for weights that are missing or of another shape, which transformers
     would fill with random numbers.
     """
+    if (base := base_of(model)) != model:
+        return merge(load_weights(base, dtype), model)
     logging.getLogger("transformers.modeling_utils").addFilter(is_not_load_report)
     try:
         loaded, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -124,6 +183,32 @@ def load_weights(
     if missing:
         raise ModelError(f"model {model}: {len(missing)} weights are missing, as {missing[0]}")
     return loaded
+
+
+def base_of(model: str) -> str:
+    """Return the folder or hub id that an adapter's folder belongs to; of any other, itself.
+
+    Raises `ModelError`.
+    """
+    path = Path(model) / "adapter_config.json"
+    if not path.is_file():
+        return model
+    try:
+        return str(json.loads(path.read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model {model}: adapter_config.json is damaged") from error
+
+
+def merge(base, adapter: str):
+    """Return a model with the adapter of a folder added to its weights. Raises `ModelError`."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(f"model {adapter}: an adapter needs peft: pip install peft") from error
+    try:
+        return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    except Exception as error:  # whatever a damaged folder makes it raise
+        raise ModelError(f"model {adapter}: cannot be loaded: {first_line(error)}") from error
 
 
 def is_not_load_report(record: logging.LogRecord) -> bool:
@@ -160,6 +245,38 @@ def copy_weights(folder: Path, model) -> None:
         old.copy_(new)
 
 
+def copy_policy(folder: Path, loaded: Loaded) -> None:
+    """Give the policy, in place, what `save_policy` wrote. Raises `ModelError`."""
+    if loaded.adapter is None:
+        return copy_weights(folder, loaded.policy)
+    from peft import set_peft_model_state_dict
+
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        report = set_peft_model_state_dict(loaded.adapter, saved)
+    except Exception as error:  # whatever a damaged file makes it raise
+        raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    if report.unexpected_keys:
+        raise ModelError(f"{folder}: not an adapter of this model: {report.unexpected_keys[0]}")
+
+
+def save_policy(loaded: Loaded, folder: Path) -> None:
+    """Write policy and processor to a folder: of a policy with an adapter, the adapter."""
+    if loaded.adapter is None:
+        save_weights(loaded.policy, folder)
+    else:
+        loaded.adapter.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink()  # a form to fill in
+    loaded.processor.save_pretrained(folder)
+
+
+def save_merged(loaded: Loaded, folder: Path) -> None:
+    """Write the policy with its adapter merged into the weights; the adapter to `adapter/`."""
+    save_policy(loaded, folder / "adapter")
+    save_weights(load_weights(str(folder / "adapter"), loaded.policy.dtype), folder)
+    loaded.processor.save_pretrained(folder)
+
+
 def save_weights(model, folder: Path) -> None:
     """Write a model to a folder, for `from_pretrained`, without a progress bar."""
     disable_progress_bar()
@@ -193,6 +310,7 @@ class PatchProjection(torch.nn.Conv3d):
 
 def model_config(model: str) -> Qwen2_5_VLConfig:
     """Return the config of a folder or hub id. Raises `ModelError` if it is not Qwen2.5-VL."""
+    model = base_of(model)
     owner = model.split("/")[0]
     is_hub_id = model.count("/") == 1 and owner not in ("", ".", "..", "~")
     if not os.path.isdir(model) and (not is_hub_id or os.path.isdir(owner)):
@@ -215,6 +333,7 @@ def shape_config(model: str) -> Qwen2_5_VLConfig:
 
     Raises `ModelError`.
     """
+    model = base_of(model)
     if model not in HUB_TEXT_CONFIGS:
         return model_config(model)
     text = HUB_TEXT_CONFIGS[model]
@@ -235,9 +354,30 @@ def shape_config(model: str) -> Qwen2_5_VLConfig:
 
 def parameter_count(config: Qwen2_5_VLConfig) -> int:
     """Return the number of parameters without making one."""
+    return numel(empty_model(config))
+
+
+def trained_count(
+    config: Qwen2_5_VLConfig, *, lora_rank: int = 0, freeze_vision: bool = False
+) -> int:
+    """Return how many parameters `load` leaves to be trained, its adapters included."""
+    empty = empty_model(config)
+    if lora_rank:
+        modules = empty.model.language_model.named_modules()
+        layers = [module for name, module in modules if name.split(".")[-1] in ADAPTED]
+        return sum(lora_rank * (layer.in_features + layer.out_features) for layer in layers)
+    return numel(empty) - (numel(empty.model.visual) if freeze_vision else 0)
+
+
+def empty_model(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
+    """Return a model whose tensors have shapes and no values."""
     with torch.device("meta"):
-        empty = Qwen2_5_VLForConditionalGeneration(config)
-    return sum(parameter.numel() for parameter in empty.parameters())
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def numel(module: torch.nn.Module) -> int:
+    """Return the number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def place(
@@ -245,21 +385,23 @@ def place(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    training: bool = False,
+    trained: int = 0,
     reference: bool = False,
     command_that_runs: str,
 ) -> tuple[str, str]:
     """Return the device and dtype to load the model with, in place of "auto".
 
-    Raises `ModelError` where this machine cannot hold it; nothing is downloaded to find that out.
+    Raises `ModelError` where this machine cannot hold it, with so many of its parameters `trained`;
+    nothing is downloaded to find that out.
     """
     count = parameter_count(shape_config(model))
     found_gpu = torch.cuda.is_available()
     runs_here = f"What runs on this machine: {command_that_runs}"
     wanted = device
     device, dtype = choose_device(count, device=device, dtype=dtype)
-    needed = count * bytes_per_parameter(dtype, training=training, reference=reference)
-    purpose = "to train, activations not counted" if training else "to run"
+    kept = DTYPES[dtype]
+    needed = kept.itemsize * (count * (1 + reference) + trained * (1 + optimizer_copies(kept)))
+    purpose = "to train, activations not counted" if trained else "to run"
     size = f"{count / 1e9:.2f} billion" if count > 1e8 else f"{count / 1e6:.1f} million"
     asks = f"{model} ({size} parameters) needs {needed / GIB:.1f} GiB {purpose}"
     if device == "cuda" and not found_gpu:
@@ -278,16 +420,6 @@ def choose_device(count: int, *, device: str, dtype: str) -> tuple[str, str]:
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     return device, dtype
-
-
-def bytes_per_parameter(dtype: str, *, training: bool, reference: bool) -> int:
-    """Return what a parameter occupies: its weight; in training also gradient and two moments.
-
-    bf16 training keeps a Kahan compensation as well; a reference is one more copy of the weights.
-    """
-    kept = DTYPES[dtype]
-    copies = 1 + (1 + optimizer_copies(kept) if training else 0)
-    return kept.itemsize * (copies + reference)
 
 
 def optimizer_copies(dtype: torch.dtype) -> int:
@@ -328,7 +460,7 @@ def stop_ids(model) -> list[int]:
 class Prompts:
     """Model inputs of Q prompts with one image each; `prompts[a:b]` are some of them.
 
-    The last two describe the layout and stay on the host, where all indices are made of them: the
+    Types and grid describe the layout and stay on the host, where all indices are made of them: the
     host never waits for the device to learn where an image stands.
     """
 
@@ -336,6 +468,7 @@ class Prompts:
     pixel_values: Tensor  # (Q, patches, values per patch)
     mm_token_type_ids: Tensor  # (Q, P), 1 where an image token stands
     image_grid_thw: Tensor  # (Q, 3): patches in time, height, width
+    visual: Tensor | None = None  # (Q, visual tokens, hidden): the images as `see` saw them
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -346,6 +479,7 @@ class Prompts:
             self.pixel_values[rows],
             self.mm_token_type_ids[rows],
             self.image_grid_thw[rows],
+            None if self.visual is None else self.visual[rows],
         )
 
     def to(self, device: str) -> "Prompts":
@@ -420,10 +554,8 @@ def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     """
     core, types, grid = model.model, prompts.mm_token_type_ids, prompts.image_grid_thw
     embeds = core.get_input_embeddings()(prompts.input_ids)
-    images = core.get_image_features(
-        prompts.pixel_values.flatten(0, 1), grid, **vision_layout(core.visual, grid)
-    )
-    visual = torch.cat(list(images.pooler_output)).to(embeds.dtype)  # (visual tokens, hidden)
+    visual = image_features(model, prompts) if prompts.visual is None else prompts.visual
+    visual = visual.flatten(0, 1).to(embeds.dtype)
     places = (types == IMAGE_TYPE).flatten().nonzero()[:, 0]
     places = send(places, embeds.device)
     embeds = embeds.flatten(0, 1).index_copy(0, places, visual).view_as(embeds)
@@ -431,6 +563,26 @@ def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     positions, delta = core.get_rope_index(torch.zeros_like(types), types, image_grid_thw=grid)
     first = types.shape[1] + delta
     return embeds, send(positions, embeds.device), send(first, embeds.device)
+
+
+def image_features(model, prompts: Prompts) -> Tensor:
+    """Return what the vision tower makes of the images, (Q, visual tokens, hidden)."""
+    core, grid = model.model, prompts.image_grid_thw
+    images = core.get_image_features(
+        prompts.pixel_values.flatten(0, 1), grid, **vision_layout(core.visual, grid)
+    )
+    return torch.stack(list(images.pooler_output))
+
+
+@torch.no_grad()
+def see(model, prompts: Prompts) -> Prompts:
+    """Return the prompts with their images' features, if the vision tower is frozen.
+
+    It makes the same of them in every pass of a step then, so that one is enough.
+    """
+    if trainable(model.model.visual):
+        return prompts
+    return replace(prompts, visual=image_features(model, prompts))
 
 
 def vision_layout(visual, grid: Tensor) -> dict[str, object]:

@@ -100,8 +100,8 @@ def kill_at_call(monkeypatch, owner, name: str, number: int) -> None:
         (main, "take_step", 4, 2),
         (main, "log_step", 4, 2),  # the fourth step is done, its line is not written
         (main, "evaluate_and_log", 3, 2),  # its line is written
-        (checkpoint, "save_weights", 3, 2),  # two models in each checkpoint: the second begins
-        (checkpoint, "save_weights", 4, 2),  # the reference's turn
+        (checkpoint, "save_policy", 2, 2),  # two models in each checkpoint: the second begins
+        (checkpoint, "save_weights", 2, 2),  # the reference's turn
         (torch, "save", 2, 2),  # the optimizer's
         (checkpoint, "flush", 20, 2),  # all is written, perhaps not to the disk itself
         (checkpoint, "discard", 1, 4),  # the second is whole, the first still there

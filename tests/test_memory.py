@@ -7,8 +7,8 @@ import torch
 from conftest import TINY, config_of, make_prompts
 
 from main import make_optimizer, make_sampler, work_of
-from memory import EXACT, SMALLER_MODEL, Work, cache_bytes, estimate, table, what_would_fit
-from policy import GIB, load
+from memory import EXACT, LORA_RANK, Work, cache_bytes, estimate, table, what_would_fit
+from policy import GIB, load, trainable
 from scoring import activation_bytes
 
 DEFAULT = Work(
@@ -44,6 +44,19 @@ def test_weights_gradients_optimizer_and_reference_are_exact(dtype):
     assert sizes["weights"] == bytes_of(loaded.policy.parameters())
     assert sizes["reference"] == bytes_of(loaded.reference.parameters())
     assert estimate(replace(work_of(config), reference=False), free=None)["reference"] == 0
+
+
+@pytest.mark.parametrize("flags", [["--lora-rank", "4"], ["--freeze-vision"]])
+def test_what_is_not_trained_takes_its_weights_only(flags):
+    config = config_of("--preset", "tiny", "--device", "cpu", *flags)
+    sizes = estimate(work_of(config), free=None)
+    options = {"lora_rank": config.lora_rank, "freeze_vision": config.freeze_vision}
+    loaded = load(TINY, device="cpu", dtype="float32", reference=True, **options)
+    moved = bytes_of(trainable(loaded.policy))
+    assert sizes["gradients"] == moved < sizes["weights"]
+    assert sizes["optimizer"] == 2 * moved
+    assert sizes["reference"] == (0 if config.lora_rank else sizes["weights"])
+    assert sizes["vision tower"] == 0
 
 
 def test_the_key_value_cache_is_that_of_the_sampler(processor):
@@ -96,7 +109,7 @@ def test_smaller_passes_take_less():
     assert parts < whole
 
 
-@pytest.mark.parametrize("gib", [104, 92, 60])
+@pytest.mark.parametrize("gib", [104, 92, 60, 16])
 def test_what_would_fit_does(gib):
     flags = what_would_fit(DEFAULT, gib * GIB)
     changes = {
@@ -104,6 +117,7 @@ def test_what_would_fit_does(gib):
         "--max-new-tokens": ("max_new_tokens", int),
         "--group-size": ("group_size", int),
         "--model": ("model", str),
+        "--lora-rank": ("lora_rank", int),
         "--beta": ("reference", lambda value: float(value) > 0),
     }
     words, work = flags.split(), DEFAULT
@@ -116,7 +130,7 @@ def test_what_would_fit_does(gib):
 
 def test_what_would_fit_is_the_least():
     assert what_would_fit(DEFAULT, 104 * GIB) == "--micro-batch 1"
-    assert what_would_fit(DEFAULT, 60 * GIB) == f"--model {SMALLER_MODEL}"
+    assert what_would_fit(DEFAULT, 60 * GIB) == f"--lora-rank {LORA_RANK}"
     assert what_would_fit(DEFAULT, 8 * GIB) is None
 
 

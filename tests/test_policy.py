@@ -179,7 +179,7 @@ def test_a_machine_without_gpu_is_told_what_runs(monkeypatch):
     with pytest.raises(ModelError) as refusal:
         place(
             "Qwen/Qwen2.5-VL-7B-Instruct",
-            training=True,
+            trained=8_292_166_656,
             reference=True,
             command_that_runs="python main.py --preset tiny",
         )
@@ -200,7 +200,7 @@ def test_too_little_memory_is_told(monkeypatch):
 
 def test_a_small_model_goes_to_the_cpu_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert place(TINY, training=True, command_that_runs="") == ("cpu", "float32")
+    assert place(TINY, trained=1000, command_that_runs="") == ("cpu", "float32")
 
 
 def test_models_that_cannot_be_used(tmp_path):

@@ -1,0 +1,283 @@
+"""Less than all weights trained: LoRA, against stock transformers with stock peft in fp64, and a
+frozen vision tower.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import (
+    TINY,
+    config_of,
+    make_prompts,
+    random_completions,
+    scored,
+    stock,
+    stock_logits,
+    stock_logprobs,
+)
+from peft import PeftModel
+from test_faults import faults, refused, tree
+from test_grpo import OPTIONS, collect
+from test_main import SMALL
+from test_sampling import both_kinds, make_sampler, stock_generate
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+import main
+import policy
+from checkpoint import checkpoints_of
+from evaluate import main as evaluate
+from grpo import score_reference, update
+from policy import Loaded, ModelError, add_adapter, load, shape_config, trainable, trained_count
+from runlog import read_lines
+
+RANK = 3
+PLACE = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture
+def adapted(model, processor) -> Loaded:
+    """The small random model with adapters that change what it says."""
+    loaded = Loaded(model, None, processor, add_adapter(model, TINY, RANK, seed=0))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) / 4)
+    return loaded
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+# --- one step -----------------------------------------------------------------------------
+
+
+def test_a_new_adapter_changes_nothing(model, prompts, processor):
+    ids, mask = random_completions(prompts)
+    before = scored(model, prompts, ids, mask)
+    add_adapter(model, TINY, RANK, seed=0)
+    assert torch.equal(scored(model, prompts, ids, mask), before)
+
+
+def test_adapters_stand_beside_the_language_models_linear_layers_alone(adapted):
+    names = [name for name, parameter in adapted.policy.named_parameters() if is_adapter(name)]
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    assert len(names) == 2 * 2 * len(policy.ADAPTED)  # layers, A and B
+    trained = {name for name, p in adapted.policy.named_parameters() if p.requires_grad}
+    assert trained == set(names)
+
+
+def test_adapters_are_a_function_of_the_seed(processor):
+    one, same, other = (
+        [p.detach() for p in trainable(load(TINY, **PLACE, lora_rank=2, seed=seed).policy)]
+        for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("checkpoint_layers", [0, 1])
+def test_logprobs_and_gradients_equal_transformers_and_peft(adapted, prompts, checkpoint_layers):
+    ids, mask = random_completions(prompts)
+    factor = torch.randn(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    twin = stock(adapted.policy)
+    expected = stock_logprobs(twin, prompts, ids, mask, temperature=0.7)
+    (expected * factor).sum().backward()
+    options = {"temperature": 0.7, "checkpoint_layers": checkpoint_layers}
+    own = scored(adapted.policy, prompts, ids, mask, **options)
+    (own * factor).sum().backward()
+    torch.testing.assert_close(own, expected, rtol=0, atol=1e-10)
+    both = zip(adapted.policy.named_parameters(), twin.parameters(), strict=True)
+    for (name, parameter), other in both:
+        if is_adapter(name):
+            difference = (parameter.grad - other.grad).norm()
+            assert difference <= 1e-9 * other.grad.norm() + 1e-12, name
+        else:
+            assert parameter.grad is None
+
+
+@both_kinds
+def test_greedy_ids_equal_transformers_and_peft(adapted, prompts, kind):
+    own = make_sampler(adapted.policy, kind).generate(prompts, group_size=2, temperature=0.0)
+    assert own.ids.tolist() == stock_generate(adapted.policy, prompts).tolist()
+    with adapted.as_reference() as without:
+        assert own.ids.tolist() != stock_generate(without, prompts).tolist()
+
+
+def test_the_reference_is_the_model_without_its_adapter(model, processor, prompts):
+    ids, mask = random_completions(prompts)
+    plain = copy.deepcopy(model)
+    loaded = Loaded(model, None, processor, add_adapter(model, TINY, RANK, seed=0))
+    for parameter in trainable(model):
+        parameter.data.add_(0.1)
+    with loaded.as_reference() as reference:
+        assert torch.equal(scored(reference, prompts, ids, mask), scored(plain, prompts, ids, mask))
+    assert not torch.equal(scored(model, prompts, ids, mask), scored(plain, prompts, ids, mask))
+    assert len(trainable(model)) == 2 * 2 * len(policy.ADAPTED)  # still those that are trained
+
+
+def test_an_update_moves_the_adapter_and_nothing_else(adapted, prompts):
+    before = copy.deepcopy(adapted.policy.state_dict())
+    optimizer = torch.optim.SGD(trainable(adapted.policy), lr=1e-2)
+    rollout = collect(adapted, prompts)
+    with adapted.as_reference() as reference:
+        rollout = score_reference(
+            reference, rollout, passes=OPTIONS["passes"], temperature=OPTIONS["temperature"]
+        )
+    stats = update(adapted.policy, optimizer, rollout, **OPTIONS)
+    assert stats["kl"] > 0.01
+    assert stats["sampler_gap_max"] < 1e-9
+    for name, tensor in adapted.policy.state_dict().items():
+        assert torch.equal(tensor, before[name]) != is_adapter(name), name
+
+
+# --- a frozen vision tower ----------------------------------------------------------------
+
+
+@pytest.fixture
+def count_passes(model):
+    """The number of prompts in each pass of the vision tower so far."""
+    passes = []
+    model.model.visual.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+@pytest.mark.parametrize(("frozen", "expected"), [(True, 1), (False, 4)])
+def test_a_frozen_vision_tower_looks_once_a_step(loaded, prompts, count_passes, frozen, expected):
+    """Otherwise twice in sampling (buffers are made at the first prompts), and in each scoring."""
+    loaded.policy.model.visual.requires_grad_(not frozen)
+    rollout = collect(loaded, prompts)
+    options = OPTIONS | {"passes": main.Passes(micro_batch=2, checkpoint_layers=0)}
+    update(loaded.policy, torch.optim.SGD(trainable(loaded.policy)), rollout, **options)
+    assert len(count_passes) == expected
+
+
+def test_what_was_seen_once_gives_the_same_gradients(loaded, prompts):
+    """Beside a vision tower that is trained, all parameters but its own have the same gradient."""
+    gradients = []
+    for frozen in (False, True):
+        loaded.policy.zero_grad()
+        loaded.policy.model.visual.requires_grad_(not frozen)
+        rollout = collect(loaded, prompts)
+        assert (rollout.prompts.visual is not None) == frozen
+        options = {"temperature": 0.7, "checkpoint_layers": 1}
+        scored(
+            loaded.policy,
+            rollout.prompts,
+            rollout.completion_ids,
+            rollout.completion_mask,
+            **options,
+        ).sum().backward()
+        gradients.append({n: p.grad for n, p in loaded.policy.named_parameters()})
+    trained, frozen = gradients
+    for name, gradient in frozen.items():
+        if name.startswith("model.visual"):
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, trained[name], rtol=1e-12, atol=1e-12)
+
+
+# --- whole runs ---------------------------------------------------------------------------
+
+LORA = [*SMALL, "--image-size", "84", "--eval-every", "0", "--lora-rank", "2", "--lr", "1e-2"]
+
+
+def run(folder, *flags: str):
+    main.main([*LORA, "--runs", str(folder.parent), "--name", folder.name, *flags])
+    return folder
+
+
+def logits_of(model, processor):
+    prompts = make_prompts(processor, 2)
+    ids, mask = random_completions(prompts)
+    with torch.no_grad():
+        return stock_logits(model.eval(), prompts, ids, mask)
+
+
+def test_final_is_an_adapter_for_stock_peft_or_the_model_with_it(tmp_path, processor):
+    run(tmp_path / "adapter", "--steps", "2")
+    run(tmp_path / "merged", "--steps", "2", "--merge")
+    final, merged = tmp_path / "adapter" / "final", tmp_path / "merged" / "final"
+    assert tree(merged / "adapter").keys()
+    assert not (final / "model.safetensors").exists()
+    assert (final / "adapter_model.safetensors").read_bytes() == (
+        merged / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+    def base():
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+
+    beside = logits_of(PeftModel.from_pretrained(base(), final).base_model.model, processor)
+    stock_merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(merged, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(stock_merged, processor), beside, rtol=0, atol=1e-4)
+    assert (beside - logits_of(base(), processor)).abs().max() > 0.1  # it has learned something
+    own = load(str(final), **PLACE).policy  # as evaluate.py does
+    torch.testing.assert_close(logits_of(stock(own), processor), beside, rtol=0, atol=1e-4)
+    assert AutoProcessor.from_pretrained(final).tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("flags", [["--lora-rank", "2"], ["--lora-rank", "0", "--freeze-vision"]])
+def test_such_runs_go_on_bit_for_bit(tmp_path, flags):
+    whole = run(tmp_path / "whole", "--steps", "4", *flags)
+    parts = run(tmp_path / "parts", "--steps", "2", *flags)
+    main.main(["--resume", str(parts), "--steps", "4"])
+    assert faults.curves(parts) == faults.curves(whole)
+    weights = ("model.safetensors", "adapter_model.safetensors")
+    (path,) = (path for path in (whole / "final").iterdir() if path.name in weights)
+    assert path.read_bytes() == (parts / "final" / path.name).read_bytes()
+    kl = [line["kl"] for line in read_lines(whole / "metrics.jsonl")]
+    assert kl[0] == 0.0 < kl[3]
+
+
+def test_a_run_with_an_adapter_is_evaluated(tmp_path, capsys):
+    evaluate([str(run(tmp_path / "run", "--steps", "1")), "--examples", "2"])
+    assert "all" in capsys.readouterr().out
+    assert (tmp_path / "run" / "evaluation.png").exists()
+
+
+def test_a_checkpoint_is_as_small_as_the_adapter(tmp_path):
+    (saved,) = checkpoints_of(run(tmp_path / "run", "--steps", "1"))
+    count = trained_count(shape_config(TINY), lora_rank=2)
+    assert (saved / "adapter_model.safetensors").stat().st_size < 4 * count + 20_000
+    assert not (saved / "model.safetensors").exists()
+
+
+def test_damaged_adapters_are_told_in_one_line(tmp_path, capsys):
+    final = run(tmp_path / "run", "--steps", "1") / "final"
+    (final / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(final), **PLACE)
+    (final / "adapter_config.json").write_text("{}")
+    told = refused(capsys, *SMALL, "--model", str(final))
+    assert told.endswith(f"model {final}: adapter_config.json is damaged")
+
+
+# --- what is refused, and what is counted -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--merge"], "--merge: has no effect without --lora-rank"),
+        (["--lora-rank", "-1"], "--lora-rank -1: must be at least 0 and at most 1,024"),
+        (["--lora-rank", "8", "--no-freeze-vision"], "trains the language model only"),
+        (["--lora-rank", "8", "--sync-reference-every", "2"], "--sync-reference-every: with"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(*flags)
+
+
+def test_without_peft_it_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr("config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--lora-rank 8: needs peft: pip install peft"):
+        config_of("--lora-rank", "8")
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze_vision": True}, {"lora_rank": 5}])
+def test_the_trained_parameters_are_foreseen(options):
+    loaded = load(TINY, **PLACE, **options)
+    counted = sum(parameter.numel() for parameter in trainable(loaded.policy))
+    assert trained_count(shape_config(TINY), **options) == counted
