@@ -22,7 +22,9 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from parallel import is_main, total
 from policy import (
     GIB,
     Loaded,
@@ -70,16 +72,21 @@ def save(
 ) -> Path:
     """Write a checkpoint, delete all but the newest `keep`, and return its folder.
 
+    Of several processes the main one writes, the others give it their share of the optimizer.
     Raises `CheckpointError` where there is no room, the disk refuses, or the policy is not worth
     it; what was there stays.
     """
     check_finite(loaded.policy)
+    if with_optimizer and isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict()
+    state = {"steps_done": steps_done, "checksums": checksums(loaded, optimizer, with_optimizer)}
     folder = run / "checkpoints" / f"step-{steps_done:06}"
+    if not is_main():
+        return folder
     needed = checkpoint_bytes(loaded, with_optimizer=with_optimizer, with_reference=with_reference)
     free = shutil.disk_usage(run).free
     if needed > free:
         raise CheckpointError(f"it takes {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free")
-    state = {"steps_done": steps_done, "checksums": checksums(loaded, optimizer, with_optimizer)}
     try:
         with whole_folder(folder) as partial:
             save_policy(loaded, partial)
@@ -101,6 +108,8 @@ def save_final(run: Path, loaded: Loaded, *, merge: bool = False) -> None:
     With `merge` the model with its adapter in its weights. Raises `CheckpointError`.
     """
     check_finite(loaded.policy)
+    if not is_main():
+        return
     try:
         with whole_folder(run / "final") as partial:
             (save_merged if merge else save_policy)(loaded, partial)
@@ -199,6 +208,8 @@ def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) 
                 mmap=not on_cpu,  # else a second copy would stand in memory on the way to the GPU
             )
         )
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.state.clear()  # a second copy: its inner optimizer has its own
     except CheckpointError:
         raise
     except ModelError as error:
@@ -231,13 +242,16 @@ def read_state(checkpoint: Path) -> dict:
 def checksums(
     loaded: Loaded, optimizer: torch.optim.Optimizer, with_optimizer: bool
 ) -> dict[str, int]:
-    """Return a checksum of each part of a run's state."""
+    """Return a checksum of each part of a run's state; the optimizer's is that of all processes."""
     found = {"policy": checksum(loaded.policy.parameters())}
     if loaded.reference is not None:
         found["reference"] = checksum(loaded.reference.parameters())
     if with_optimizer:
-        states = [state.values() for state in optimizer.state.values()]
-        found["optimizer"] = checksum(v for values in states for v in values if v is not None)
+        sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
+        states = (optimizer.optim if sharded else optimizer).state.values()
+        tensors = (value for state in states for value in state.values() if value is not None)
+        share = torch.tensor(checksum(tensors), device=loaded.policy.device)
+        found["optimizer"] = int(total(share))
     return found
 
 

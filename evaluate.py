@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from checkpoint import checkpoints_of
+from parallel import process_count, process_index
 from policy import ModelError, encode, load, place, stop_ids
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
 from runlog import RunError, read_description
@@ -61,9 +62,13 @@ def evaluate(
     batch_size: int,
     temperature: float = 0.0,
 ) -> Iterator[Answer]:
-    """Yield the model's answers to the first `examples` of the "eval" split; greedy by default."""
+    """Yield the model's answers to the first `examples` of the "eval" split; greedy by default.
+
+    Of several processes each answers every n-th batch, and yields nothing of the others'.
+    """
     prompt, model = make_prompt(reasoning_tag), sampler.model
-    for start in range(0, examples, batch_size):
+    first, stride = process_index() * batch_size, process_count() * batch_size
+    for start in range(first, examples, stride):
         batch = [  # a full one: the sampler keeps its buffers, and what is too much is not judged
             make_example(spec, seed=seed, split="eval", index=i, image_size=image_size)
             for i in range(start, start + batch_size)

@@ -26,6 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from parallel import add_gradients, everyone, largest, process_count, total
 from policy import Prompts, see, send, stop_ids
 from sampling import Sampler, completion_texts
 from scoring import completion_logprobs
@@ -173,14 +174,15 @@ def token_weights(completion_mask: Tensor, *, loss: str, max_new_tokens: int) ->
     dr_grpo  1 / (B * max_new_tokens): a constant, so length has no influence (Dr. GRPO, sec. 3.2)
 
     Made from the whole step before the first backward pass, so that micro-batches, whose losses are
-    sums of weighted tokens, add up to the gradient of one batch.
+    sums of weighted tokens, add up to the gradient of one batch. So do the parts of several
+    processes: rows and tokens are those of all of them.
     """
     mask = completion_mask.float()
-    rows = len(mask)
+    rows = len(mask) * process_count()
     if loss == "grpo":
         return mask / (rows * mask.sum(1, keepdim=True))
     if loss == "dapo":
-        return mask / mask.sum()
+        return mask / total(mask.sum())
     if loss == "dr_grpo":
         return mask / (rows * max_new_tokens)
     raise ValueError(f"loss {loss!r}: must be one of {', '.join(LOSSES)}")
@@ -313,6 +315,7 @@ def update(
             clip_eps=clip_eps,
             clip_eps_high=clip_eps_high,
         )
+        add_gradients(policy.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
         if wrong := what_is_not_finite(rollout, loss=stats["loss"], gradient=grad_norm):
             skipped, not_finite = skipped + 1, wrong
@@ -333,7 +336,8 @@ def what_is_not_finite(rollout: Rollout, **numbers: Tensor) -> str:
 
     Rewards are looked at themselves: a group with a nan among them would get advantages of 0.
     """
-    wrong = [] if all(math.isfinite(reward.total) for reward in rollout.rewards) else ["reward"]
+    rewards_are_finite = all(math.isfinite(reward.total) for reward in rollout.rewards)
+    wrong = [] if all(everyone([rewards_are_finite])) else ["reward"]
     wrong += [name for name, number in numbers.items() if not number.isfinite()]  # host sync
     return ", ".join(wrong)
 
@@ -368,11 +372,12 @@ def backward(
 
 
 def combine(parts: list[dict[str, Tensor]], *, tokens: Tensor) -> dict[str, Tensor]:
-    """Return a step's statistics from those of its micro-batches: means over all tokens."""
+    """Return a step's statistics from those of its micro-batches, in all processes: token means."""
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    whole = {name: column.sum() / tokens for name, column in columns.items()}
-    whole["loss"] = columns["loss"].sum()  # the token weights have divided it already
-    whole["sampler_gap_max"] = columns["sampler_gap_max"].max()
+    sums = {name: total(column.sum()) for name, column in columns.items()}
+    whole = {name: value / total(tokens) for name, value in sums.items()}
+    whole["loss"] = sums["loss"]  # the token weights have divided it already
+    whole["sampler_gap_max"] = largest(columns["sampler_gap_max"].max())
     return whole
 
 

@@ -9,6 +9,8 @@ import time
 
 import torch
 
+from parallel import everyone, is_main, process_count
+
 # mean |log-prob sampled - scored| at the first step that still is rounding, in nats per token
 MAX_SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 MAX_SKIPPED = 5  # steps in a row whose numbers are not finite
@@ -41,14 +43,24 @@ class StopSignal:
             signal.signal(number, handler)
 
     def receive(self, number: int, _) -> None:
-        """Note the signal, and give the next one its usual effect."""
+        """Note the signal, and give the next one its usual effect.
+
+        Beside other processes the next one means nothing: their launcher passes on what they have
+        received already, and ends by itself those that take too long.
+        """
         self.number = number
+        alone = process_count() == 1
         for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_DFL if alone else signal.SIG_IGN)
         if number == signal.SIGHUP:
             leave_terminal()
-        # not print: a handler may run in the middle of another print
-        os.write(2, b"\nStopping: the step is finished and saved first. Once more stops at once.\n")
+        if is_main():  # not print: a handler may run in the middle of another print
+            once_more = b" Once more stops at once." if alone else b""
+            os.write(2, b"\nStopping: the step is finished and saved first." + once_more + b"\n")
+
+    def agreed_number(self) -> int:
+        """Return the signal that any of the processes has received, the same on all; 0 if none."""
+        return max(everyone([self.number or 0]))
 
 
 def leave_terminal() -> None:

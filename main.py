@@ -6,6 +6,7 @@ python main.py --rotate              # the task's variants
 python main.py --min-size 5 --max-size 35
 python main.py --dry-run             # check the flags, show what memory and disk it takes
 python main.py --resume runs/RUN     # go on where a run was stopped or killed
+accelerate launch main.py            # on all GPUs of this machine, or on several machines
 """
 
 import dataclasses
@@ -22,8 +23,10 @@ from pathlib import Path
 
 import optimi
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 import checkpoint
 from config import Config, make_config, make_parser
@@ -39,6 +42,7 @@ from grpo import (
 )
 from health import Health, StopSignal, Unhealthy, follow_the_parent
 from memory import EXACT, Work, estimate, parameters_of, table, trained_of, what_would_fit
+from parallel import everyone, is_main, join, process_count, process_index
 from policy import (
     GIB,
     Loaded,
@@ -54,6 +58,7 @@ from policy import (
 )
 from rewards import SYSTEM_MESSAGE, Reward, make_prompt, score
 from runlog import (
+    Onlooker,
     RunError,
     RunLog,
     Stopwatch,
@@ -93,7 +98,12 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
         batches = iter(make_batches(config, loaded.processor, first_step=steps_done))
         steps = range(steps_done, config.steps)
         progress = tqdm(
-            steps, unit="step", desc=log.folder.name, initial=steps_done, total=config.steps
+            steps,
+            unit="step",
+            desc=log.folder.name,
+            initial=steps_done,
+            total=config.steps,
+            disable=not is_main(),
         )
         for step in progress:
             examples, rollout, metrics = take_step(
@@ -105,12 +115,13 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
             is_last = step + 1 == config.steps
             if is_due(step, config.eval_every) or is_last:
                 evaluate_and_log(config, sampler, loaded.processor, log, steps_done=step + 1)
-            save = save or is_due(step, config.save_every) or is_last or stop.number
+            signal_number = stop.agreed_number()
+            save = save or is_due(step, config.save_every) or is_last or signal_number
             if save and not metrics["skipped"]:  # what is good gives way to what is sound only
                 save_checkpoint(config, log, loaded, optimizer, steps_done=step + 1)
                 save = False
-            if stop.number and not is_last:
-                leave(log, stop.number)
+            if signal_number and not is_last:
+                leave(log, signal_number)
     checkpoint.save_final(log.folder, loaded, merge=config.merge)
 
 
@@ -218,15 +229,20 @@ def pick(config: Config, *names: str) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def make_optimizer(config: Config, policy) -> optimi.AdamW:
-    """Return AdamW; on bf16 weights it adds Kahan summation, or small updates would be lost."""
-    return optimi.AdamW(
-        trainable(policy),
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=ADAM_EPS,
-        weight_decay=config.weight_decay,
-    )
+def make_optimizer(config: Config, policy) -> torch.optim.Optimizer:
+    """Return AdamW; on bf16 weights it adds Kahan summation, or small updates would be lost.
+
+    Several processes share its state out: each updates some parameters and sends them to all.
+    """
+    options = {
+        "lr": config.lr,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": ADAM_EPS,
+        "weight_decay": config.weight_decay,
+    }
+    if process_count() == 1:
+        return optimi.AdamW(trainable(policy), **options)
+    return ZeroRedundancyOptimizer(trainable(policy), optimizer_class=optimi.AdamW, **options)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -243,22 +259,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 class Batches(Dataset):
     """The plots of every step and their model inputs; each is made when it is asked for.
 
-    Step i's are numbers i * Q to (i + 1) * Q - 1 of the training split, whoever makes them.
+    Step i's are numbers i * Q to (i + 1) * Q - 1 of the training split, whoever makes them; each
+    process takes its share of them, in the order of the processes.
     """
 
     def __init__(self, config: Config, processor) -> None:
         self.config, self.processor = config, processor
+        self.count = prompts_here(config)
+        self.offset = process_index() * self.count  # asked here: a loader's worker would not know
 
     def __getitem__(self, step: int) -> tuple[list[Example], Prompts]:
         config = self.config
         options = pick(config, "seed", "image_size")
+        first = step * config.prompts_per_step + self.offset
         examples = [
             make_example(config.spec, split="train", index=index, **options)
-            for index in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
+            for index in range(first, first + self.count)
         ]
         images = [example.image for example in examples]
         prompt = make_prompt(config.reasoning_tag)
         return examples, encode(self.processor, images, system=SYSTEM_MESSAGE, prompt=prompt)
+
+
+def prompts_here(config: Config) -> int:
+    """Return how many of a step's prompts are this process's own."""
+    return config.prompts_per_step // process_count()
 
 
 def make_batches(config: Config, processor, *, first_step: int = 0) -> DataLoader:
@@ -298,9 +323,9 @@ def step_metrics(
     config: Config, step: int, rollout: Rollout, stats: dict, seconds: dict[str, float]
 ) -> dict[str, float]:
     """Return one line of metrics.jsonl; the README's glossary says what each value means."""
-    rewards = rollout.rewards
+    rewards, lengths = everyone(rollout.rewards), everyone(rollout.lengths)
+    truncated = everyone(rollout.truncated.tolist())  # host sync
     totals = torch.tensor([reward.total for reward in rewards]).view(-1, config.group_size)
-    lengths = rollout.lengths
     step_s = sum(seconds.values())
     return {
         "step": step,
@@ -315,12 +340,12 @@ def step_metrics(
         "lr": learning_rate(config, step),
         "completion_length_mean": statistics.fmean(lengths),
         "completion_length_max": max(lengths),
-        "truncated_share": rollout.truncated.float().mean().item(),  # host sync
+        "truncated_share": statistics.fmean(truncated),
         "no_spread_share": 1.0 - has_spread(totals).float().mean().item(),
         **seconds,
         "step_s": step_s,
         "tokens_per_s": sum(lengths) / step_s,
-        "peak_gib": peak_memory() / GIB,
+        "peak_gib": max(everyone([peak_memory()])) / GIB,
     }
 
 
@@ -388,10 +413,10 @@ def evaluate_and_log(
         processor,
         config.spec,
         examples=config.eval_examples,
-        batch_size=config.prompts_per_step * config.group_size,  # the sampler's buffers stay
+        batch_size=prompts_here(config) * config.group_size,  # the sampler's buffers stay
         **pick(config, "seed", "image_size", "reasoning_tag"),
     )
-    summary = summarize(list(answers))
+    summary = summarize(everyone(list(answers)))
     log.write("evaluations", {"steps_done": steps_done, **summary})
     tqdm.write(
         f"held out, after {steps_done} steps: area {summary['area_correctness_reward']:.3f}"
@@ -411,11 +436,9 @@ def peak_memory() -> int:
 
 def device_name(device: str) -> str:
     """Return what the run computes on, for its config.json."""
-    return (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {threads} threads"
+    return name if process_count() == 1 else f"{process_count()} x {name}"
 
 
 # --- new runs, and runs that go on ------------------------------------------------------
@@ -469,6 +492,8 @@ def resume(
     optimizer, steps_done = make_optimizer(config, loaded.policy), 0
     if saved is not None:
         steps_done = checkpoint.restore(saved, loaded, optimizer)
+    if not is_main():
+        return Onlooker(run), optimizer, steps_done
     log = resumed_run(
         run,
         config=dataclasses.asdict(config),
@@ -491,6 +516,7 @@ def work_of(config: Config) -> Work:
     return Work(
         **pick(config, *sizes, "micro_batch", "layers_to_checkpoint"),
         **pick(config, "lora_rank", "freeze_vision"),
+        processes=process_count(),
         device=device,
         dtype=dtype,
         reference=config.beta > 0,
@@ -508,6 +534,7 @@ def report_needs(config: Config, folder: Path) -> bool:
         f"{config.model} in {work.dtype} on {work.device}: {work.prompts_per_step} prompts x "
         f"{work.group_size} completions of up to {work.max_new_tokens} tokens, "
         f"{work.micro_batch} prompts per backward pass"
+        + (f", each of {work.processes} processes" if work.processes > 1 else "")
     )
     print(table(sizes))
     print(f"  {'free':<40}" + (f"{free / GIB:>9.2f} GiB" if has_device else "   no CUDA GPU found"))
@@ -526,7 +553,7 @@ def disk_needs(config: Config, folder: Path) -> tuple[str, bool]:
     work = work_of(config)
     sizes, parts = estimate(work, free=None), what_is_saved(config)
     saved = sizes["gradients" if config.lora_rank else "weights"]
-    each = saved + parts["with_optimizer"] * sizes["optimizer"]
+    each = saved + parts["with_optimizer"] * sizes["optimizer"] * work.processes
     each += parts["with_reference"] * sizes["weights"]
     final = saved + config.merge * sizes["weights"]
     saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
@@ -549,7 +576,9 @@ def main(arguments: list[str] | None = None) -> None:
     run, optimizer, steps_done = getattr(parsed, "resume", None), None, 0
     try:
         config = make_config(parsed)
+        meet(config)
         folder = run or choose_folder(config, getattr(parsed, "preset", None))
+        folder = everyone([folder])[0]  # all have chosen before one makes it
         saved = checkpoint_to_resume(run, config) if run else None
         if getattr(parsed, "dry_run", False):
             sys.exit(0 if report_needs(config, folder) else 2)
@@ -562,17 +591,42 @@ def main(arguments: list[str] | None = None) -> None:
         if run:
             log, optimizer, steps_done = resume(config, loaded, run, saved)
         else:
-            described = dataclasses.asdict(config)
-            log = new_run(folder, config=described, device=device_name(config.device))
+            log = begin(config, folder)
     except (ValueError, OSError, ModelError, RunError, checkpoint.CheckpointError) as error:
+        if isinstance(error, ValueError) and not is_main():
+            sys.exit(2)  # a flag that all refuse is told by one
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    everyone([])  # all wait until the main one has made the folder, or cut its lines
     needs, has_room = disk_needs(config, folder)
     if not has_room:
         print(f"{needs}. What finds no room is left out. Less: --no-save-optimizer (no resuming)")
     run_to_the_end(config, loaded, log, optimizer=optimizer, steps_done=steps_done)
     print(f"{folder}: done. Next: python plot_rewards.py {folder} ; python evaluate.py {folder}")
+
+
+def meet(config: Config) -> None:
+    """Join the processes that `accelerate launch` has started; all but the main one fall silent.
+
+    Raises `ValueError` if the step's prompts cannot be shared out evenly.
+    """
+    join(on_cpu=config.device == "cpu" or not torch.cuda.is_available())
+    if config.prompts_per_step % process_count():
+        raise ValueError(
+            f"--prompts-per-step {config.prompts_per_step}: must be a multiple of the "
+            f"{process_count()} processes"
+        )
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        disable_progress_bar()
+
+
+def begin(config: Config, folder: Path) -> RunLog:
+    """Make a new run's folder and return its log. Raises `RunError`."""
+    if not is_main():
+        return Onlooker(folder)
+    return new_run(folder, config=dataclasses.asdict(config), device=device_name(config.device))
 
 
 def placed(config: Config) -> Config:
@@ -586,6 +640,7 @@ def placed(config: Config) -> Config:
         dtype=config.dtype,
         trained=trained_of(config.model, config.lora_rank, config.freeze_vision),
         reference=config.beta > 0 and not config.lora_rank,
+        processes=process_count(),
         command_that_runs="python main.py --preset tiny",
     )
     config = dataclasses.replace(config, device=device, dtype=dtype)

@@ -36,11 +36,22 @@ class Work:
     reference: bool
     lora_rank: int = 0
     freeze_vision: bool = False
+    processes: int = 1  # prompts and optimizer are shared out to
 
     @property
     def trains_all(self) -> bool:
         """Whether the weights themselves are trained, and not adapters beside them."""
         return self.lora_rank == 0
+
+    @property
+    def prompts_here(self) -> int:
+        """Prompts of a step that one process has."""
+        return self.prompts_per_step // self.processes
+
+    @property
+    def prompts_in_a_pass(self) -> int:
+        """Prompts of one backward pass."""
+        return min(self.micro_batch, self.prompts_here)
 
     @property
     def config(self) -> Qwen2_5_VLConfig:
@@ -64,11 +75,11 @@ def estimate(work: Work, *, free: int | None) -> dict[str, int]:
     size, layers = DTYPES[work.dtype].itemsize, text.num_hidden_layers
     parameters = parameters_of(work.model) * size
     trained = trained_of(work.model, work.lora_rank, work.freeze_vision) * size
-    tokens = work.micro_batch * (work.prompt_tokens + work.group_size * work.max_new_tokens)
+    tokens = work.prompts_in_a_pass * (work.prompt_tokens + work.group_size * work.max_new_tokens)
     sizes = {
         "weights": parameters,
         "gradients": trained,
-        "optimizer": optimizer_copies(DTYPES[work.dtype]) * trained,
+        "optimizer": optimizer_copies(DTYPES[work.dtype]) * trained // work.processes,
         "reference": parameters * (work.reference and work.trains_all),
         "key-value cache": cache_bytes(work),
         "vision tower": vision_bytes(work),
@@ -101,7 +112,7 @@ def trained_of(model: str, lora_rank: int, freeze_vision: bool) -> int:
 
 def cache_bytes(work: Work) -> int:
     """Return the bytes of all rows' keys and values, which the sampler keeps from step to step."""
-    text, rows = work.config.text_config, work.prompts_per_step * work.group_size
+    text, rows = work.config.text_config, work.prompts_here * work.group_size
     slots = -(-(work.prompt_tokens + work.max_new_tokens) // 8) * 8
     head_size = text.hidden_size // text.num_attention_heads
     per_slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size
@@ -113,14 +124,15 @@ def vision_bytes(work: Work) -> int:
     if work.freeze_vision or not work.trains_all:
         return 0
     vision = work.config.vision_config
-    patches = work.micro_batch * (work.image_size // vision.patch_size) ** 2
+    patches = work.prompts_in_a_pass * (work.image_size // vision.patch_size) ** 2
     return vision.depth * patches * activation_bytes(vision, DTYPES[work.dtype])
 
 
 def logits_bytes(work: Work) -> int:
     """Return the bytes of fp32 logits: of sampling, or of a scoring pass with its gradient."""
     text = work.config.text_config
-    sampling = 3 * work.prompts_per_step * work.group_size * text.vocab_size
+    rows = work.prompts_here * work.group_size
+    sampling = (2 + work.processes) * rows * text.vocab_size  # noise is made for all processes
     gradient = text.vocab_size * text.hidden_size if work.trains_all else 0
     scoring = 3 * CHUNK * text.vocab_size + gradient
     return 4 * max(sampling, scoring)

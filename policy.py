@@ -387,12 +387,13 @@ def place(
     dtype: str = "auto",
     trained: int = 0,
     reference: bool = False,
+    processes: int = 1,
     command_that_runs: str,
 ) -> tuple[str, str]:
     """Return the device and dtype to load the model with, in place of "auto".
 
-    Raises `ModelError` where this machine cannot hold it, with so many of its parameters `trained`;
-    nothing is downloaded to find that out.
+    Raises `ModelError` where this machine cannot hold it, with so many of its parameters `trained`
+    and the optimizer shared out to `processes`; nothing is downloaded to find that out.
     """
     count = parameter_count(shape_config(model))
     found_gpu = torch.cuda.is_available()
@@ -400,7 +401,8 @@ def place(
     wanted = device
     device, dtype = choose_device(count, device=device, dtype=dtype)
     kept = DTYPES[dtype]
-    needed = kept.itemsize * (count * (1 + reference) + trained * (1 + optimizer_copies(kept)))
+    copies = 1 + optimizer_copies(kept) / processes  # gradient; moments, for bf16 Kahan's as well
+    needed = kept.itemsize * (count * (1 + reference) + trained * copies)
     purpose = "to train, activations not counted" if trained else "to run"
     size = f"{count / 1e9:.2f} billion" if count > 1e8 else f"{count / 1e6:.1f} million"
     asks = f"{model} ({size} parameters) needs {needed / GIB:.1f} GiB {purpose}"

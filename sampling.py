@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 from fastpath import at_least_fp32, matmul_fp32, relative_difference, trusted
+from parallel import process_count, process_index
 from policy import Prompts, embed_prompts, stop_ids
 
 FINISHED_CHECK_EVERY = 8  # tokens: on a GPU, where the host must wait to see that all have ended
@@ -127,7 +128,8 @@ class Sampler:
             self.ids = torch.zeros(rows, self.max_new_tokens, dtype=torch.long)
             accurate = at_least_fp32(weight.dtype)
             self.logprobs = torch.zeros(rows, self.max_new_tokens, dtype=accurate)
-            self.noise = torch.zeros(rows, len(weight), dtype=accurate)
+            self.all_noise = torch.zeros(process_count() * rows, len(weight), dtype=accurate)
+            self.noise = self.all_noise[process_index() * rows :][:rows]
             self.temperature = torch.ones((), dtype=accurate)
         self.caches = [
             Cache(cache_shape, self.next_slot, weight) for _ in self.language_model.layers
@@ -154,11 +156,13 @@ class Sampler:
     def make_noise(self, temperature: float, generator: torch.Generator | None) -> None:
         """Draw the next token's noise, log E with E = -log U ~ Exp(1); none if greedy.
 
-        It is made outside of the step, so that a recorded step holds no randomness of its own.
+        It is made outside of the step, so that a recorded step holds no randomness of its own, and
+        for the rows of all processes: a row's tokens do not depend on how many there are.
         U = 0 makes it infinite: that word is not drawn this time.
         """
         if temperature > 0:
-            self.noise.uniform_(generator=generator).log_().neg_().log_()
+            self.all_noise.uniform_(generator=generator)
+            self.noise.log_().neg_().log_()
         else:
             self.noise.zero_()
 

@@ -1,0 +1,80 @@
+"""Several processes that train one policy: who they are, and what they tell each other.
+
+`accelerate launch main.py` starts them. Each holds the whole policy, rolls out its share of every
+step's prompts and makes its part of the gradient; a group of completions never leaves its process.
+`python main.py` is one process, and all of this is nothing to it.
+
+Gradients are added up here, once a step, and not by DistributedDataParallel in the backward pass:
+so a process may do that pass over in smaller pieces when its memory runs out, without the others.
+"""
+
+import atexit
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=1)  # all wait for one while it writes a checkpoint
+
+
+def join(*, on_cpu: bool) -> None:
+    """Meet the processes started beside this one, if there are any: one per GPU, or on the CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        PartialState(cpu=on_cpu, timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
+
+
+def process_count() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Return whether this is the process that writes and talks."""
+    return process_index() == 0
+
+
+def total(value: Tensor) -> Tensor:
+    """Return the sum of the processes' values."""
+    return reduced(value, dist.ReduceOp.SUM)
+
+
+def largest(value: Tensor) -> Tensor:
+    """Return the largest of the processes' values, element by element."""
+    return reduced(value, dist.ReduceOp.MAX)
+
+
+def reduced(value: Tensor, how: dist.ReduceOp) -> Tensor:
+    """Return what becomes of the processes' values; the same on all of them."""
+    if process_count() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, how)
+    return value
+
+
+def add_gradients(parameters: Iterable) -> None:
+    """Give every process the sum of all processes' gradients, in place."""
+    if process_count() > 1:
+        gradients = (p.grad for p in parameters if p.grad is not None)
+        for pending in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            pending.wait()
+
+
+def everyone(items: list[T]) -> list[T]:
+    """Return the processes' lists one after the other; the host waits for the slowest."""
+    if process_count() == 1:
+        return items
+    lists: list = [None] * process_count()
+    dist.all_gather_object(lists, items)
+    return [item for each in lists for item in each]
