@@ -16,6 +16,7 @@ from rewards import CORRECTNESS, REASONING_TAGS
 from runlog import RunError, read_description
 from shapes import ShapeSpec, check_image_size
 
+REPORTS = ("none", "tensorboard", "wandb", "trackio")
 LARGEST = 1_000_000_000  # of a whole number without a limit of its own
 
 
@@ -98,6 +99,9 @@ class Config:
     keep: int = knob(1, "checkpoints kept, the newest", least=1, free=True)
     save_optimizer: bool = knob(
         True, "in checkpoints: resuming needs it; without, they take a quarter", free=True
+    )
+    report_to: str = knob(
+        "none", "also show the metrics there (needs that package)", choices=REPORTS, free=True
     )
     log_every: int = knob(10, "steps between two lines on the terminal", least=1, free=True)
     sample_every: int = knob(10, "steps between two entries of samples.jsonl", least=1)
@@ -262,6 +266,10 @@ def check(config: Config, given: dict) -> None:
     if config.sync_reference_every and config.beta == 0:
         raise ValueError("--sync-reference-every: there is no reference with --beta 0")
     check_adapter(config, given)
+    if config.report_to != "none" and find_spec(config.report_to) is None:
+        raise ValueError(
+            f"--report-to {config.report_to}: needs that package: pip install {config.report_to}"
+        )
     check_image_size(config.image_size)
     _ = config.spec  # refuses shapes that do not fit
 

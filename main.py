@@ -62,6 +62,7 @@ from runlog import (
     RunError,
     RunLog,
     Stopwatch,
+    Tracker,
     free_folder,
     new_run,
     read_lines,
@@ -592,6 +593,9 @@ def main(arguments: list[str] | None = None) -> None:
             log, optimizer, steps_done = resume(config, loaded, run, saved)
         else:
             log = begin(config, folder)
+        if config.report_to != "none" and is_main():
+            described, on_cpu = dataclasses.asdict(config), config.device == "cpu"
+            log.tracker = Tracker(config.report_to, folder, config=described, on_cpu=on_cpu)
     except (ValueError, OSError, ModelError, RunError, checkpoint.CheckpointError) as error:
         if isinstance(error, ValueError) and not is_main():
             sys.exit(2)  # a flag that all refuse is told by one

@@ -26,7 +26,13 @@ def join(*, on_cpu: bool) -> None:
     """Meet the processes started beside this one, if there are any: one per GPU, or on the CPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         PartialState(cpu=on_cpu, timeout=PATIENCE)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
+
+
+def leave() -> None:
+    """Part from the other processes; those that have parted already do nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def process_count() -> int:

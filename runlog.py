@@ -11,6 +11,7 @@ final/              model and processor, loadable with from_pretrained
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 PACKAGES = ("torch", "transformers", "accelerate", "torch-optimi", "matplotlib", "numpy", "pillow")
+TRACKED = {"metrics": "", "evaluations": "held_out/"}  # what a tool is shown, under which prefix
 STEP_KEYS = {"metrics": "step", "evaluations": "steps_done", "samples": "step"}  # file -> key
 
 
@@ -36,7 +38,7 @@ class RunLog:
     """Writes the lines of one run; only one process at a time can. Raises `RunError`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.tracker = folder, None
         try:
             self.files = {
                 name: (folder / f"{name}.jsonl").open("ab", buffering=0) for name in STEP_KEYS
@@ -53,7 +55,10 @@ class RunLog:
 
         What a full disk refuses is kept, told, and tried again with the next line.
         """
-        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        record = finite(record)
+        if self.tracker is not None and name in TRACKED:
+            self.tracker.log(record, prefix=TRACKED[name], step=record[STEP_KEYS[name]])
+        line = json.dumps(record, allow_nan=False) + "\n"
         self.pending[name] += line.encode()
         try:
             self.flush()
@@ -84,16 +89,62 @@ class RunLog:
         finally:
             for file in self.files.values():
                 file.close()
+            if self.tracker is not None:
+                self.tracker.finish()
 
 
 class Onlooker(RunLog):
     """The log of a process that leaves the writing to another one."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.files = folder, {}
+        self.folder, self.files, self.tracker = folder, {}, None
 
     def write(self, name: str, record: dict) -> None:
         """Write nothing."""
+
+
+class Tracker:
+    """Shows metrics in a tool made for watching them; the run's own files stay the record.
+
+    Tools and their settings are those of accelerate. What a tool fails to take is lost to it, and
+    does not stop the run.
+    """
+
+    def __init__(self, tool: str, folder: Path, *, config: dict, on_cpu: bool) -> None:
+        """Begin, or after a resume go on, with what the tool calls a run. Raises `RunError`."""
+        from accelerate import Accelerator
+
+        options = {"name": folder.name, "resume": "allow"}
+        if tool == "wandb":  # a name alone would be a second run each time
+            started = read_description(folder)["started"]
+            options["id"] = re.sub(r"[^\w-]", "-", f"{folder.name}-{started}")
+        try:
+            self.accelerator = Accelerator(log_with=tool, project_dir=folder, cpu=on_cpu)
+            self.accelerator.init_trackers(
+                "tensorboard" if tool == "tensorboard" else "vlm-area",  # a folder, or a project
+                config=config,
+                init_kwargs={} if tool == "tensorboard" else {tool: options},
+            )
+        except Exception as error:  # whatever a tool raises without a network or an account
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunError(f"--report-to {tool}: {problem}") from error
+
+    def log(self, record: dict, *, prefix: str, step: int) -> None:
+        """Show the numbers among the values of a record."""
+        numbers = {
+            prefix + key: value for key, value in record.items() if isinstance(value, int | float)
+        }
+        try:
+            self.accelerator.log(numbers, step=step)
+        except Exception as error:
+            print(f"\n--report-to: step {step} is not shown: {error!r}", file=sys.stderr)
+
+    def finish(self) -> None:
+        """Hand over what the tool still holds."""
+        try:
+            self.accelerator.end_training()
+        except Exception as error:
+            print(f"\n--report-to: may lack its end: {error!r}", file=sys.stderr)
 
 
 def lock(file) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, config_of, make_prompts, random_completions, scored
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import main
+from attention import IMPLEMENTATION
 from config import Config
 from main import learning_rate
 from policy import use_own_attention
@@ -131,6 +134,20 @@ def test_a_whole_run(tmp_path):
     changed = zip(policy.parameters(), before.parameters(), strict=True)
     assert any(not torch.equal(new, old) for new, old in changed)
     assert AutoProcessor.from_pretrained(run / "final").tokenizer.eos_token == "<|im_end|>"
+    check_what_servers_read(run / "final")
+
+
+def check_what_servers_read(final: Path) -> None:
+    """Class, names of weights and files as in the checkpoint before, and nothing of our own."""
+    config = json.loads((final / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    names, expected = (
+        safe_open(Path(folder) / "model.safetensors", "pt").keys() for folder in (final, TINY)
+    )
+    assert sorted(names) == sorted(expected)
+    assert {path.name for path in final.iterdir()} == {path.name for path in Path(TINY).iterdir()}
+    texts = [path.read_text() for path in final.glob("*.json")]
+    assert not any(IMPLEMENTATION in text for text in texts)
 
 
 def test_final_gives_the_logits_of_the_trained_policy(tmp_path, processor):
@@ -169,3 +186,26 @@ def test_the_reference_follows_the_policy_when_asked(tmp_path):
     train(config, loaded, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["kl"] for line in lines] == [0.0, 0.0, 0.0]
+
+
+# --- tools to watch a run with ------------------------------------------------------------
+
+
+def test_a_tool_is_shown_every_number_of_the_log(tmp_path):
+    flags = [*SMALL, "--steps", "3", "--eval-every", "2", "--image-size", "84"]
+    main.main([*flags, "--runs", str(tmp_path), "--name", "run", "--report-to", "tensorboard"])
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    logs = {"metrics": ("step", ""), "evaluations": ("steps_done", "held_out/")}
+    for file, (step, prefix) in logs.items():
+        lines = read_lines(tmp_path / "run" / f"{file}.jsonl")
+        numbers = {key for key, value in lines[0].items() if not isinstance(value, str)}
+        assert numbers > {"area_correctness_reward"}
+        for key in numbers:
+            points = [(point.step, point.value) for point in shown.Scalars(prefix + key)]
+            assert points == [(line[step], pytest.approx(line[key], rel=1e-6)) for line in lines]
+
+
+def test_a_tool_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr("config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--report-to wandb: needs that package: pip install wan"):
+        config_of("--report-to", "wandb")

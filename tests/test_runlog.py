@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from runlog import RunError, RunLog, Stopwatch, free_folder, git_commit, new_run
+from runlog import RunError, RunLog, Stopwatch, Tracker, free_folder, git_commit, new_run
 
 
 def test_every_record_is_one_line_whatever_it_holds(tmp_path):
@@ -85,3 +86,27 @@ def test_laps_add_up_and_wait_for_the_device():
     assert list(watch.seconds) == ["a_s", "b_s"]
     assert sum(watch.seconds.values()) == pytest.approx(watch.last - start)
     assert len(waits) == 3
+
+
+def test_a_tool_that_fails_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no network")
+
+    log = new_run(tmp_path / "run", config={}, device="cpu")
+    log.tracker = Tracker("tensorboard", tmp_path / "run", config={}, on_cpu=True)
+    monkeypatch.setattr(log.tracker, "accelerator", SimpleNamespace(log=fail, end_training=fail))
+    log.write("metrics", {"step": 0, "loss": 1.0})
+    log.close()
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}
+    told = capsys.readouterr().err
+    assert "--report-to: step 0 is not shown: ConnectionError('no network')" in told
+    assert "--report-to: may lack its end" in told
+
+
+def test_a_tool_that_cannot_begin_is_told_in_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no account\nmore")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
+    with pytest.raises(RunError, match=r"^--report-to tensorboard: no account$"):
+        Tracker("tensorboard", tmp_path, config={}, on_cpu=True)
