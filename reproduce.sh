@@ -28,6 +28,8 @@ wide-nostop           experiments/ablate.py stop-token WIDE
 wide-temp0.6unscored  experiments/ablate.py scored-temperature WIDE --temperature 0.6
 wide-bf16             main.py WIDE --dtype bfloat16
 wide-bf16-plain       experiments/ablate.py kahan WIDE --dtype bfloat16
+wide-bf16-slow        main.py WIDE --dtype bfloat16 --lr 1.5e-5
+wide-bf16-slow-plain  experiments/ablate.py kahan WIDE --dtype bfloat16 --lr 1.5e-5
 "
 runs=${runs//WIDE/--min-size 5 --max-size 35}
 runs=${runs//COLD/--max-rotation 0 --sloppy 0 --mistakes 0 --area-noise 0 --batch-size 8 --lr 5e-4}
@@ -130,7 +132,7 @@ ablations() {
 }
 
 bf16() {
-  models wide wide wide-bf16 wide-bf16-plain
+  models wide wide wide-bf16 wide-bf16-plain wide-bf16-slow wide-bf16-slow-plain
   keep bf16 python experiments/figures.py bf16
 }
 

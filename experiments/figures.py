@@ -80,8 +80,10 @@ ABLATIONS = {  # panel: the runs in it, label -> name, the first as it is; all o
 }
 BF16 = {  # row of the table, curve: run
     "fp32 weights": "wide",
-    "bf16 weights, Kahan summation": "wide-bf16",
-    "bf16 weights, plain AdamW": "wide-bf16-plain",
+    "bf16, Kahan summation": "wide-bf16",
+    "bf16, plain AdamW": "wide-bf16-plain",
+    "bf16, Kahan summation, lr 1.5e-5": "wide-bf16-slow",
+    "bf16, plain AdamW, lr 1.5e-5": "wide-bf16-slow-plain",
 }
 
 
