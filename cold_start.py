@@ -1,6 +1,8 @@
 """Supervised warm-up: teach a model the task's language before reinforcement learning starts.
 
     python cold_start.py --from-scratch --out tiny         # makes the bundled tiny model
+    python cold_start.py --from-scratch --size small --workers 12 --batch-size 64 --steps 3000 \\
+        --lr 3e-4 --out small                              # one of 164 million parameters, on a GPU
     python cold_start.py --model MODEL --out DIR           # starts from any Qwen2.5-VL
 
 The answers it trains on are synthetic: shape, dimensions, formula, area. Shares of them are
@@ -11,7 +13,6 @@ formula), so that both are left for GRPO to teach, as they are with an instruct 
 import argparse
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -35,6 +37,7 @@ from transformers import (
 from policy import (
     Loaded,
     ModelError,
+    Prompts,
     encode,
     load,
     place,
@@ -44,7 +47,7 @@ from policy import (
 )
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from scoring import completion_logprobs
-from shapes import Example, Shape, ShapeSpec, check_image_size, make_example
+from shapes import Shape, ShapeSpec, check_image_size, make_example
 
 DIMENSIONS = {
     "rectangle": "rectangle, width {width:.0f}, height {height:.0f}",
@@ -74,6 +77,43 @@ SLOPPY = (
     "<{tag}>{reasoning}</{tag}><answer>{area:.2f}</answer> square units",
     "<{tag}>{reasoning}<answer>{area:.1f}</answer>",
 )
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+SIZES = {  # of models from scratch: language model and vision tower; 2.8 and 164 million parameters
+    "tiny": (
+        {
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "rope_parameters": ROPE | {"mrope_section": [4, 6, 6]},  # of head size / 2 frequencies
+        },
+        {
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "fullatt_block_indexes": [1, 3],
+        },
+    ),
+    "small": (
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "rope_parameters": ROPE | {"mrope_section": [8, 12, 12]},
+        },
+        {
+            "depth": 8,
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_heads": 8,
+            "fullatt_block_indexes": [3, 7],
+        },
+    ),
+}
 SECOND_TAG_EVERY = 8  # batches: the other reasoning tag is taught too, in every eighth
 CHAT_TEMPLATE = (  # the format of Qwen2.5-VL's own template, without tools and videos
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -155,37 +195,22 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def tiny_model(seed: int) -> Loaded:
-    """Return a randomly initialised Qwen2.5-VL of 2.8 million parameters, and its processor."""
+def new_model(seed: int, size: str = "tiny") -> Loaded:
+    """Return a randomly initialised Qwen2.5-VL of one of the SIZES, and its processor."""
     tokenizer = tiny_tokenizer()
     token_id = tokenizer.convert_tokens_to_ids
+    text, vision = SIZES[size]
     config = Qwen2_5_VLConfig(
         text_config={
+            **text,
             "vocab_size": len(tokenizer),
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [4, 6, 6],  # of head_dim / 2 = 16 frequencies
-            },
             "bos_token_id": None,
             "eos_token_id": token_id("<|im_end|>"),
             "pad_token_id": token_id("<|endoftext|>"),
             "tie_word_embeddings": True,
         },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "out_hidden_size": 192,
-            "fullatt_block_indexes": [1, 3],
-        },
+        vision_config={**vision, "out_hidden_size": text["hidden_size"]},
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),
@@ -208,35 +233,48 @@ def tiny_model(seed: int) -> Loaded:
 # --- training ---------------------------------------------------------------------------
 
 
-def example_batches(
-    spec: ShapeSpec, *, steps: int, batch_size: int, seed: int, image_size: int
-) -> Iterator[list[Example]]:
-    """Yield the batches of the "cold_start" split: never an example of training or evaluation."""
-    for step in range(steps):
-        yield [
-            make_example(spec, seed=seed, split="cold_start", index=i, image_size=image_size)
-            for i in range(step * batch_size, (step + 1) * batch_size)
+class Lessons(Dataset):
+    """Each step's plots and answers as model inputs; each step's are made when it is asked for.
+
+    Plots are of the "cold_start" split: never an example of training or evaluation.
+    """
+
+    def __init__(self, spec: ShapeSpec, processor, args: argparse.Namespace) -> None:
+        self.spec, self.processor, self.args = spec, processor, args
+        self.flaws = Flaws(args.sloppy, args.mistakes, args.area_noise)
+
+    def __getitem__(self, step: int) -> tuple[Prompts, Tensor, list[int]]:
+        args, first = self.args, step * self.args.batch_size
+        options = {"seed": args.seed, "split": "cold_start", "image_size": args.image_size}
+        examples = [
+            make_example(self.spec, index=index, **options)
+            for index in range(first, first + args.batch_size)
         ]
-
-
-def supervise(loaded: Loaded, batches: Iterator[list[Example]], args: argparse.Namespace) -> None:
-    """Train the policy in place on synthetic answers: cross-entropy over all answer tokens."""
-    model, processor = loaded.policy, loaded.processor
-    flaws = Flaws(args.sloppy, args.mistakes, args.area_noise)
-    optimizer = optimi.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    progress = tqdm(batches, total=args.steps, unit="step", desc="cold start")
-    for step, examples in enumerate(progress):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmup_cosine(step, args.steps)
         tag = REASONING_TAGS[step % SECOND_TAG_EVERY == SECOND_TAG_EVERY - 1]
         rng = np.random.default_rng([args.seed, step])
         answers = [
-            synthetic_answer(example.shape, reasoning_tag=tag, flaws=flaws, rng=rng)
+            synthetic_answer(example.shape, reasoning_tag=tag, flaws=self.flaws, rng=rng)
             for example in examples
         ]
         images = [example.image for example in examples]
-        prompts = encode(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt(tag))
-        ids, lengths = encode_answers(processor.tokenizer, answers)
+        prompts = encode(self.processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt(tag))
+        return prompts, *encode_answers(self.processor.tokenizer, answers)
+
+
+def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None:
+    """Train the policy in place on synthetic answers: cross-entropy over all answer tokens."""
+    model = loaded.policy
+    optimizer = optimi.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    lessons = DataLoader(
+        Lessons(spec, loaded.processor, args),
+        sampler=range(args.steps),
+        batch_size=None,  # an item is a step's batch already
+        num_workers=args.workers,
+    )
+    progress = tqdm(lessons, unit="step", desc="cold start")
+    for step, (prompts, ids, lengths) in enumerate(progress):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warmup_cosine(step, args.steps)
         logprobs, _ = completion_logprobs(
             model, prompts.to(model.device), ids.to(model.device), lengths, temperature=1.0
         )
@@ -271,8 +309,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--from-scratch", action="store_true", help="make the tiny model")
+    start.add_argument("--from-scratch", action="store_true", help="make a new model")
     start.add_argument("--model", metavar="MODEL", help="folder or hub id to start from")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of a model from scratch")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers a step")
@@ -285,6 +324,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-size", type=float, default=35.0, metavar="X", help="grid units")
     parser.add_argument("--max-rotation", type=float, default=45.0, metavar="X", help="degrees")
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="pixels")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that draw plots ahead"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and examples")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
     return parser
@@ -302,14 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.out.mkdir(parents=True)  # now, not after the training, if it cannot be made
     except (ValueError, OSError, ModelError) as error:
         parser.error(str(error))
-    batches = example_batches(
-        spec,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        image_size=args.image_size,
-    )
-    supervise(loaded, batches, args)
+    supervise(loaded, spec, args)
     save(loaded, args.out)
     print(f"{args.out}: saved, loadable with from_pretrained")
 
@@ -317,7 +352,13 @@ def main(arguments: list[str] | None = None) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `ValueError`, in one line, for a value that is not accepted."""
     check_image_size(args.image_size)
-    for name, least in {"steps": 1, "batch_size": 1, "seed": 0, "area_noise": 0}.items():
+    for name, least in {
+        "steps": 1,
+        "batch_size": 1,
+        "seed": 0,
+        "area_noise": 0,
+        "workers": 0,
+    }.items():
         if not least <= getattr(args, name) < math.inf:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}")
@@ -336,7 +377,7 @@ def starting_model(args: argparse.Namespace) -> Loaded:
     if args.from_scratch:
         if args.device == "cuda" and not found_gpu:
             raise ValueError("--device cuda: no CUDA GPU was found")
-        loaded = tiny_model(args.seed)
+        loaded = new_model(args.seed, args.size)
         loaded.policy.to("cuda" if found_gpu and args.device != "cpu" else "cpu")
         return loaded
     device, dtype = place(

@@ -1,11 +1,15 @@
 """How a step's time grows with the group and with the completions: tiny model, CPU, 4 prompts.
 
     python benchmarks/growth.py          # about 3 minutes on 2 cores, best run alone
+    python benchmarks/growth.py --device cuda --model DIR --lr 1e-6 --max-new-tokens 250 \\
+        --group-sizes 8,16,32,64 --lengths 250,512 --image-sizes 224,448 --picture growth-gpu.png
 
-Completions have a fixed length here: no token ends one. Prints two tables and draws
-results/growth.png. Each number is the median of the steps but the first.
+Completions have a fixed length here: no token ends one. Prints a table for each thing that is
+varied, the others as they are, and draws the first two. Each number is the median of the steps but
+the first.
 """
 
+import argparse
 import statistics
 import sys
 from dataclasses import replace
@@ -13,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from peers import Task
+from peers import Task, add_flags, task_of
 from step import PHASES, own_steps
 
 GROUP_SIZES = (4, 8, 16, 32, 64)
@@ -24,8 +28,14 @@ PICTURE = Path(__file__).resolve().parent.parent / "results" / "growth.png"
 
 def measure(task: Task) -> dict[str, float]:
     """Return the median seconds of a step of this trainer, and of its phases."""
+    print(task, file=sys.stderr)
     steps = list(own_steps(task, STEPS, fixed_length=True))[1:]
     return {name: statistics.median(step[name] for step in steps) for name in ("step_s", *PHASES)}
+
+
+def numbers(text: str) -> list[int]:
+    """Return the numbers in "4,8,16"."""
+    return [int(number) for number in text.split(",") if number]
 
 
 def table(name: str, measured: dict[int, tuple[Task, dict[str, float]]]) -> None:
@@ -39,14 +49,14 @@ def table(name: str, measured: dict[int, tuple[Task, dict[str, float]]]) -> None
         print(f"| {value} | {step_s:.2f} | {phases} | {a_completion:.1f} | {a_token:.0f} |")
 
 
-def draw(groups: dict, lengths: dict) -> None:
+def draw(groups: dict, lengths: dict, picture: Path) -> None:
     """Draw milliseconds a completion over group size, and microseconds a token over length."""
     figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for axes, measured, label in (
-        (left, groups, "completions per prompt (32 tokens each)"),
-        (right, lengths, "tokens per completion (8 per prompt)"),
+        (left, groups, "completions per prompt"),
+        (right, lengths, "tokens per completion"),
     ):
         for phase in ("rollout_s", "reference_s", "update_s", "step_s"):
             per_token = [
@@ -61,25 +71,34 @@ def draw(groups: dict, lengths: dict) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel("microseconds per completion token")
     left.legend()
-    figure.savefig(PICTURE)
+    figure.savefig(picture)
 
 
 def main() -> None:
     """Measure, print and draw."""
-    base = replace(Task(), prompts=4, max_new_tokens=32)
-    groups, lengths = {}, {}
-    for group_size in GROUP_SIZES:
-        print(f"group size {group_size}", file=sys.stderr)
-        task = replace(base, group_size=group_size)
-        groups[group_size] = (task, measure(task))
-    for length in LENGTHS:
-        print(f"length {length}", file=sys.stderr)
-        task = replace(base, max_new_tokens=length)
-        lengths[length] = (task, measure(task))
-    table("completions per prompt, 32 tokens each", groups)
-    table("tokens per completion, 8 per prompt", lengths)
-    draw(groups, lengths)
-    print(f"\npicture: {PICTURE}")
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    varied = {"group_size": GROUP_SIZES, "max_new_tokens": LENGTHS, "image_size": []}
+    flags = ("--group-sizes", "--lengths", "--image-sizes")
+    for flag, (name, values) in zip(flags, varied.items(), strict=True):
+        parser.add_argument(flag, type=numbers, default=values, metavar="N,N,...", dest=f"{name}s")
+    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE")
+    add_flags(parser, Task(prompts=4, max_new_tokens=32))
+    args = parser.parse_args()
+    base, measured = task_of(args), {}
+    for name in varied:
+        tasks = {value: replace(base, **{name: value}) for value in getattr(args, f"{name}s")}
+        measured[name] = {value: (task, measure(task)) for value, task in tasks.items()}
+    tokens, group = base.max_new_tokens, base.group_size
+    table(f"completions per prompt, {tokens} tokens each", measured["group_size"])
+    table(f"tokens per completion, {group} per prompt", measured["max_new_tokens"])
+    if measured["image_size"]:
+        table(f"pixels a side, {group} completions of {tokens} tokens", measured["image_size"])
+    draw(measured["group_size"], measured["max_new_tokens"], args.picture)
+    print(f"\npicture: {args.picture}")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ rewards, group size, lengths and loss. Each is best run in a process of its own:
 
     python benchmarks/peers.py naive --steps 4
     python benchmarks/peers.py trl --steps 4
+    python benchmarks/peers.py naive --device cuda --model DIR --prompts 4 --max-new-tokens 250
 
-It prints one JSON line per step. The first step is a warm-up, not to be counted.
+It prints one JSON line per step. The first step is a warm-up, not to be counted. On a GPU weights
+are bf16.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import tempfile
@@ -51,11 +54,53 @@ class Task:
     temperature: float = 1.0
     seed: int = 0
     rows_per_pass: int = 8  # of a forward and backward pass: 8 % faster than all 64 at once
+    device: str = "cpu"
+    cache: str = "dynamic"  # of transformers' generate: its default; "static" compiles on a GPU
 
     @property
     def rows(self) -> int:
         """Completions of one step."""
         return self.prompts * self.group_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+
+def flags_of(task: Task) -> list[str]:
+    """Return the command line that `add_flags` reads as this task."""
+    names = [field.name for field in dataclasses.fields(Task)]
+    return [word for name in names for word in (flag_of(name), str(getattr(task, name)))]
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of one of the task's fields."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser, task: Task | None = None) -> None:
+    """Let a command line change a task, by default that of the tiny preset."""
+    for field in dataclasses.fields(Task):
+        default = getattr(task or Task(), field.name)
+        parser.add_argument(flag_of(field.name), type=field.type, default=default)
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """Return the task of a command line."""
+    return Task(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Task)})
+
+
+def peak(task: Task) -> dict[str, float]:
+    """Return the most GPU memory that tensors have had; nothing on a CPU."""
+    return {} if task.device == "cpu" else {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def now(task: Task) -> float:
+    """Return the time, once the device has done all that it was asked to."""
+    if task.device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def draw(task: Task, index: int) -> Example:
@@ -76,23 +121,24 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
     temperature = task.temperature
     parts = [slice(a, a + task.rows_per_pass) for a in range(0, task.rows, task.rows_per_pass)]
     for step in range(steps):
-        times = [time.perf_counter()]
+        times = [now(task)]
         indices = range(step * task.prompts, (step + 1) * task.prompts)
         examples = [draw(task, index) for index in indices]
         prompts = encode(processor, examples, task.group_size)
-        times.append(time.perf_counter())
+        prompts = {name: value.to(task.device) for name, value in prompts.items()}
+        times.append(now(task))
 
         batch, completions, mask = roll_out(policy, prompts, task)
         rewards = judge(processor, completions, examples)
-        advantages = group_advantages(rewards)
-        times.append(time.perf_counter())
+        advantages = group_advantages(rewards).to(task.device)
+        times.append(now(task))
 
         with torch.no_grad():
             scored = [
                 token_logprobs(reference, inputs_of(batch, part), completions[part], temperature)
                 for part in parts
             ]
-        times.append(time.perf_counter())
+        times.append(now(task))
 
         for part, ref_logprobs in zip(parts, scored, strict=True):
             inputs = inputs_of(batch, part)
@@ -102,7 +148,7 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter())
+        times.append(now(task))
 
         laps = [end - start for start, end in pairwise(times)]
         yield {
@@ -111,13 +157,14 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
             "prompt_tokens": prompts["input_ids"].shape[1],
             "reward_mean": rewards.mean().item(),
             **dict(zip(PHASES, laps, strict=True)),
+            **peak(task),
         }
 
 
 def load(task: Task) -> Qwen2_5_VLForConditionalGeneration:
-    """Return the task's model in fp32, in evaluation mode: it has no dropout to switch on."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(task.model, dtype=torch.float32)
-    return model.eval()
+    """Return the task's model, in evaluation mode: it has no dropout to switch on."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(task.model, dtype=task.dtype)
+    return model.to(task.device).eval()
 
 
 def chat(prompt: str) -> list[dict]:
@@ -161,9 +208,10 @@ def roll_out(
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=task.max_new_tokens,
+        cache_implementation=task.cache,
     )
     completions = sequences[:, prompts["input_ids"].shape[1] :]
-    stop_ids = torch.tensor(policy.generation_config.eos_token_id)
+    stop_ids = torch.tensor(policy.generation_config.eos_token_id, device=completions.device)
     is_stop = torch.isin(completions, stop_ids).long()
     mask = (is_stop.cumsum(1) - is_stop) == 0  # no stop token before this one
     no_images = torch.zeros_like(completions)
@@ -224,7 +272,7 @@ def trl_steps(task: Task, steps: int) -> list[dict]:
     from datasets import IterableDataset  # imported here: the other peer needs neither of them
     from trl import GRPOConfig, GRPOTrainer
 
-    log = StepLog()
+    log = StepLog(task)
     rows = {"task": task, "count": steps * task.prompts}
     # standard output is for the results; a run leaves no files behind
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
@@ -263,8 +311,9 @@ def trl_settings(task: Task, steps: int) -> dict:
         "max_grad_norm": MAX_GRAD_NORM,
         "shuffle_dataset": False,
         "seed": task.seed,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": task.device == "cpu",
+        "bf16": False,  # no autocast: on a GPU the weights themselves are bf16
+        "model_init_kwargs": {"dtype": task.dtype},
         # speed: nothing recomputed, written or reported; TRL still samples all rows together
         "per_device_train_batch_size": task.rows_per_pass,
         "gradient_accumulation_steps": task.rows // task.rows_per_pass,
@@ -293,7 +342,8 @@ class StepLog(TrainerCallback):
     It is the reward function too, the one place that is shown a step's completions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, task: Task) -> None:
+        self.task = task
         self.steps: list[dict] = []
         self.rollout: dict = {}
         self.tokens_seen = 0
@@ -319,15 +369,20 @@ class StepLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_) -> None:
         """Note a step."""
-        now = time.perf_counter()
-        self.steps.append({"step_s": now - self.last, **self.rollout})
-        self.last = now
+        end = now(self.task)
+        self.steps.append({"step_s": end - self.last, **self.rollout, **peak(self.task)})
+        self.last = end
 
 
 # --- command line -----------------------------------------------------------------------
 
 
-PEERS = {"naive": naive_steps, "trl": trl_steps}
+def static_steps(task: Task, steps: int) -> Iterator[dict]:
+    """Yield the timings of `naive_steps` with transformers' static cache."""
+    return naive_steps(dataclasses.replace(task, cache="static"), steps)
+
+
+PEERS = {"naive": naive_steps, "static": static_steps, "trl": trl_steps}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -335,8 +390,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time a peer of our trainer on the tiny task.")
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="default: 4")
+    add_flags(parser)
     args = parser.parse_args(arguments)
-    for step in PEERS[args.peer](Task(), args.steps):
+    for step in PEERS[args.peer](task_of(args), args.steps):
         print(json.dumps(step), flush=True)
 
 

@@ -4,6 +4,11 @@
     python benchmarks/step.py                      # about 6 minutes on 2 cores, best run alone
     python benchmarks/step.py --trainers own       # only this trainer
 
+On a GPU, with a checkpoint of the 7B model's shape (random_checkpoint.py makes one):
+
+    python benchmarks/step.py --device cuda --model DIR --trainers own,naive,static,trl --steps 4 \\
+        --rounds 1 --prompts 4 --max-new-tokens 250 --rows-per-pass 4
+
 Every trainer runs in a process of its own, one after the other, in rounds; its number is the median
 over all steps but each round's first. Checkpoint, plots, group size, lengths, rewards and loss are
 the same: those of `main.py --preset tiny`.
@@ -21,7 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from peers import Task
+from peers import Task, add_flags, flags_of, peak, task_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,6 +38,7 @@ from policy import load  # noqa: E402
 TRAINERS = {
     "own": "this trainer",
     "naive": "stock transformers, repeated images",
+    "static": "the same, static cache",
     "trl": "TRL's GRPOTrainer",
 }
 PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
@@ -43,12 +49,14 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
 
     With `fixed_length` no token ends a completion.
     """
-    flags = ["--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--steps", str(steps)]
-    for name in ("model", "group_size", "max_new_tokens", "image_size", "beta", "lr", "seed"):
+    dtype = "float32" if task.device == "cpu" else "bfloat16"
+    flags = ["--preset", "tiny", "--dtype", dtype, "--steps", str(steps)]
+    names = ("model", "device", "group_size", "max_new_tokens", "image_size", "beta", "lr")
+    for name in (*names, "temperature", "seed"):
         flags += ["--" + name.replace("_", "-"), str(getattr(task, name))]
     flags += ["--prompts-per-step", str(task.prompts), "--micro-batch", str(task.prompts)]
     config = trainer.make_config(trainer.make_parser().parse_args(flags))
-    loaded = load(config.model, device="cpu", dtype="float32", reference=config.beta > 0)
+    loaded = load(config.model, device=config.device, dtype=config.dtype, reference=config.beta > 0)
     if fixed_length:
         loaded.policy.generation_config.eos_token_id = []
     optimizer = trainer.make_optimizer(config, loaded.policy)
@@ -63,16 +71,20 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
             "step_s": metrics["step_s"],
             "completion_tokens": sum(rollout.lengths),
             **{phase: metrics[phase] for phase in PHASES},
+            **peak(task),
         }
 
 
-def measure(name: str, steps: int) -> tuple[list[dict], float]:
-    """Return the steps of a trainer in a fresh process, but the first, and its peak GiB of RAM."""
+def measure(name: str, task: Task, steps: int) -> tuple[list[dict], float]:
+    """Return the steps of a trainer in a fresh process, but the first, and its peak GiB.
+
+    Of GPU memory, or on a CPU of the process's RAM.
+    """
     file = Path(__file__) if name == "own" else ROOT / "benchmarks" / "peers.py"
     command = [sys.executable, str(file), *([] if name == "own" else [name])]
     command += ["--own-process"] if name == "own" else []
     child = subprocess.Popen(
-        [*command, "--steps", str(steps)],
+        [*command, "--steps", str(steps), *flags_of(task)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -82,14 +94,15 @@ def measure(name: str, steps: int) -> tuple[list[dict], float]:
     _, status, usage = os.wait4(child.pid, 0)
     if status or len(lines) != steps:
         sys.exit(f"{' '.join(command)}: failed; run it alone to see why")
-    return [json.loads(line) for line in lines][1:], usage.ru_maxrss / 2**20
+    found = [json.loads(line) for line in lines]
+    return found[1:], found[-1].get("peak_gib", usage.ru_maxrss / 2**20)
 
 
 def report(measured: dict[str, tuple[list[dict], float]]) -> None:
     """Print one table row per trainer."""
     own = statistics.median(step["step_s"] for step in next(iter(measured.values()))[0])
     print("| trainer | s a step | ratio | prompts | rollout | reference | update "
-          "| tokens a step | tokens/s | peak RAM, GiB |")  # fmt: skip
+          "| tokens a step | tokens/s | peak, GiB |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, (steps, peak_gib) in measured.items():
         seconds = statistics.median(step["step_s"] for step in steps)
@@ -113,9 +126,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="of a round; default: 9")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
+    add_flags(parser)
     args = parser.parse_args(arguments)
+    task = task_of(args)
     if args.own_process:
-        for step in own_steps(Task(), args.steps):
+        for step in own_steps(task, args.steps):
             print(json.dumps(step), flush=True)
         return
     names = args.trainers.split(",")
@@ -127,11 +142,13 @@ def main(arguments: list[str] | None = None) -> None:
     for number in range(args.rounds):
         for name in names:
             print(f"round {number + 1}: {TRAINERS[name]}", file=sys.stderr)
-            steps, peak_gib = measure(name, args.steps)
+            steps, peak_gib = measure(name, task, args.steps)
             measured[name] = (measured[name][0] + steps, max(measured[name][1], peak_gib))
-    task = Task()
+    on = f"{torch.get_num_threads()} CPU threads"
+    if task.device == "cuda":
+        on = torch.cuda.get_device_name()
     print(f"{task.prompts} prompts x {task.group_size} completions of at most "
-          f"{task.max_new_tokens} tokens, {torch.get_num_threads()} CPU threads, "
+          f"{task.max_new_tokens} tokens, {on}, "
           f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{time.strftime('%Y-%m-%d')}\n")  # fmt: skip
     report(measured)

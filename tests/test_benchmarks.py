@@ -27,6 +27,18 @@ def test_the_step_benchmark_measures_this_trainer():
     assert "| this trainer | " in text
 
 
+def test_a_random_checkpoint_is_measured_like_any_other(tmp_path):
+    folder = str(tmp_path / "random")
+    run("benchmarks/random_checkpoint.py", folder, "--like", "tiny")
+    flags = ["--model", folder, "--prompts", "1", "--group-size", "2", "--image-size", "84"]
+    sizes = ["--group-sizes", "2", "--lengths", "3", "--image-sizes", "56"]
+    picture = tmp_path / "growth.png"
+    text = run("benchmarks/growth.py", *flags, *sizes, "--picture", str(picture))
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line[2:3].isdigit()]
+    assert rows == ["| 2", "| 3", "| 56"]
+    assert picture.exists()
+
+
 def test_the_naive_peer_runs():
     (line,) = run("benchmarks/peers.py", "naive", "--steps", "1").splitlines()
     step = json.loads(line)

@@ -8,6 +8,7 @@ import torch
 from conftest import TINY
 
 import cold_start
+import policy
 from cold_start import (
     MISTAKES,
     Flaws,
@@ -81,6 +82,14 @@ def test_the_bundled_model_is_small():
     assert (folder / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(("size", "parameters"), [("tiny", 2_841_984), ("small", 163_721_728)])
+def test_the_sizes_from_scratch(size, parameters, monkeypatch):
+    monkeypatch.setattr(cold_start, "Qwen2_5_VLForConditionalGeneration", policy.empty_model)
+    monkeypatch.setattr(cold_start, "use_own_attention", lambda model: None)
+    model = cold_start.new_model(0, size).policy
+    assert policy.numel(model) == parameters
+
+
 def test_the_learning_rate_rises_and_falls():
     factors = [warmup_cosine(step, 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.2)
@@ -91,7 +100,8 @@ def test_the_learning_rate_rises_and_falls():
 def test_the_command_from_scratch_and_from_a_model(tmp_path):
     flags = ["--steps", "2", "--batch-size", "2", "--image-size", "84"]
     cold_start.main(["--from-scratch", "--out", str(tmp_path / "one"), *flags])
-    cold_start.main(["--from-scratch", "--out", str(tmp_path / "same"), *flags])
+    workers = ["--workers", "1"]  # the same plots and answers, made elsewhere
+    cold_start.main(["--from-scratch", "--out", str(tmp_path / "same"), *flags, *workers])
     cold_start.main(["--model", str(tmp_path / "one"), "--out", str(tmp_path / "two"), *flags])
     one, same, two = (
         load(str(tmp_path / name), device="cpu", dtype="bfloat16").policy.lm_head.weight
