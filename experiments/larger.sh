@@ -42,7 +42,7 @@ answers() {
         file="held-out/$model-on-$task-at-$temperature"
         # shellcheck disable=SC2086
         python evaluate.py "runs/$model" ${tasks[$task]} --seed "$seed" --temperature "$temperature" \
-          --batch-size 128 --show 1 --json "$file.json" --plot "$file.png" | tee "$file.txt"
+          --max-new-tokens 48 --batch-size 128 --show 1 --json "$file.json" --plot "$file.png" | tee "$file.txt"
       done
     done
   done
