@@ -142,11 +142,18 @@ def add_adapter(policy, model: str, rank: int, seed: int):
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=list(ADAPTED), exclude_modules=".*visual.*"
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls
+    with torch.random.fork_rng(), quiet_peft():
         torch.manual_seed(seed)
         # in the weights' own dtype: AdamW with Kahan summation loses nothing in bf16
         return get_peft_model(policy, config, autocast_adapter_dtype=False)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Pass over what transformers warns of because peft still calls it by its old name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def trainable(model) -> list[torch.nn.Parameter]:
@@ -206,7 +213,8 @@ def merge(base, adapter: str):
     except ImportError as error:
         raise ModelError(f"model {adapter}: an adapter needs peft: pip install peft") from error
     try:
-        return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        with quiet_peft():
+            return PeftModel.from_pretrained(base, adapter).merge_and_unload()
     except Exception as error:  # whatever a damaged folder makes it raise
         raise ModelError(f"model {adapter}: cannot be loaded: {first_line(error)}") from error
 
