@@ -252,7 +252,8 @@ class Recording:
 
     def __init__(self, step: Callable[[], Tensor]) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):  # records, does not run
+        # records, does not run; what other threads do meanwhile (the loader's, NCCL's) is no matter
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.result = step()
 
     def __call__(self) -> Tensor:

@@ -41,8 +41,9 @@ answers() {
       for temperature in 0 1; do
         file="held-out/$model-on-$task-at-$temperature"
         # shellcheck disable=SC2086
-        python evaluate.py "runs/$model" ${tasks[$task]} --seed "$seed" --temperature "$temperature" \
-          --max-new-tokens 48 --batch-size 128 --show 1 --json "$file.json" --plot "$file.png" | tee "$file.txt"
+        python evaluate.py "runs/$model" ${tasks[$task]} --seed "$seed" \
+          --temperature "$temperature" --max-new-tokens 48 --batch-size 128 --show 1 \
+          --json "$file.json" --plot "$file.png" | tee "$file.txt"
       done
     done
   done
