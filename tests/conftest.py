@@ -13,6 +13,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from config import Config, make_config, make_parser
 from policy import Loaded, Prompts, encode, use_own_attention
 from rewards import SYSTEM_MESSAGE, make_prompt
+from sampling import call_layer
 from scoring import completion_logprobs
 from shapes import ShapeSpec, make_example
 
@@ -66,6 +67,18 @@ def model(processor, monkeypatch):
             else:
                 parameter.mul_(3)
     return model
+
+
+@pytest.fixture
+def compiled_layer():
+    """A decoder layer as one graph, as on a GPU, run by the same operations as without."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(call_layer, fullgraph=True, dynamic=False, backend="aot_eager")
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture

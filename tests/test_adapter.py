@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import (
     TINY,
+    compiled_graphs,
     config_of,
     make_prompts,
     random_completions,
@@ -103,6 +104,18 @@ def test_greedy_ids_equal_transformers_and_peft(adapted, prompts, kind):
     assert own.ids.tolist() == stock_generate(adapted.policy, prompts).tolist()
     with adapted.as_reference() as without:
         assert own.ids.tolist() != stock_generate(without, prompts).tolist()
+
+
+def test_one_compiled_graph_fits_all_adapted_layers(adapted, prompts, compiled_layer):
+    """Also after they have been switched off for the reference, and on again."""
+    sampler = make_sampler(adapted.policy)
+    sampler.run_layer = compiled_layer
+    for _ in range(2):
+        own = sampler.generate(prompts, group_size=2, temperature=0.0)
+        assert own.ids.tolist() == stock_generate(adapted.policy, prompts).tolist()
+        with adapted.as_reference() as without:
+            scored(without, prompts, *random_completions(prompts))
+    assert compiled_graphs() == 1
 
 
 def test_the_reference_is_the_model_without_its_adapter(model, processor, prompts):

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_prompts, scored, stock
+from conftest import compiled_graphs, make_prompts, scored, stock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -329,20 +329,17 @@ def test_on_a_gpu_the_step_is_as_fast_as_can_be_trusted(
     assert all(warning in text for text in texts)
 
 
-def test_one_compiled_graph_fits_all_layers(model, prompts, monkeypatch):
+def test_one_compiled_graph_fits_all_layers(model, prompts, compiled_layer):
     """And stays valid after an update: nothing is compiled again."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    layer = torch.compile(sampling.call_layer, fullgraph=True, dynamic=False, backend="aot_eager")
     sampler = make_sampler(model)
-    sampler.run_layer = layer
+    sampler.run_layer = compiled_layer
     for _ in range(2):
         own = sampler.generate(prompts, group_size=2, temperature=0.0)
         assert own.ids.tolist() == stock_generate(model, prompts).tolist()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert compiled_graphs() == 1
 
 
 # --- texts --------------------------------------------------------------------------------
