@@ -42,7 +42,7 @@ MAX_LOG_RATIO = 20.0  # bound on a log-ratio before exp: e^20 is finite in fp32 
 class Rollout:
     """One step's completions, with everything the loss needs to know about them."""
 
-    prompts: Prompts  # Q of them
+    prompts: Prompts  # Q of them, as the policy has seen them: good for one update
     completion_ids: Tensor  # (B, C)
     completion_mask: Tensor  # (B, C) bool, true up to and including the stop token
     lengths: list[int]  # B, tokens of each row: the mask, where the host can read it
@@ -93,9 +93,11 @@ def collect_rollout(
 ) -> Rollout:
     """Return G sampled completions of each prompt with their rewards and advantages.
 
-    `reward_fn(text, q)` judges one completion of prompt q; its result's `total` is the reward.
+    `reward_fn(text, q)` judges one completion of prompt q; its result's `total` is the reward. The
+    images are seen here, for all passes of the policy until it is updated.
     """
-    prompts = see(sampler.model, prompts)
+    with torch.enable_grad():  # the update goes back through what is seen here
+        prompts = see(sampler.model, prompts)
     completions = sampler.generate(
         prompts, group_size=group_size, temperature=temperature, generator=generator
     )
@@ -121,8 +123,11 @@ def score_reference(
     reference, rollout: Rollout, *, passes: "Passes", temperature: float
 ) -> Rollout:
     """Return the rollout with the log-probs of its tokens under the frozen reference."""
+    visual = rollout.prompts.visual
+    frozen = visual is not None and not visual.requires_grad  # then both have the same vision tower
+    to_score = rollout if frozen else replace(rollout, prompts=rollout.prompts.unseen())
     ref_logprobs = within_memory(
-        reference_logprobs, reference, rollout, passes=passes, temperature=temperature
+        reference_logprobs, reference, to_score, passes=passes, temperature=temperature
     )
     return replace(rollout, ref_logprobs=ref_logprobs)
 
@@ -324,7 +329,7 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         first_stats = first_stats or stats
         if rollout.old_logprobs is None:
-            rollout = replace(rollout, old_logprobs=logprobs)
+            rollout = replace(rollout, old_logprobs=logprobs, prompts=rollout.prompts.unseen())
     gap = {name: value for name, value in first_stats.items() if name.startswith("sampler_gap")}
     numbers = {name: float(value) for name, value in {**stats, **gap}.items()}  # host sync
     numbers["grad_norm"] = float(grad_norm)
@@ -351,8 +356,14 @@ def backward(
     temperature: float,
     **loss_options,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make a step's gradient anew; return its log-probs (B, C), detached, and statistics."""
+    """Make a step's gradient anew; return its log-probs (B, C), detached, and statistics.
+
+    What was seen is a leaf for all parts; its gradient goes through the vision tower once.
+    """
     policy.zero_grad(set_to_none=True)
+    seen = see(policy, rollout.prompts).visual
+    visual = seen.detach().requires_grad_(seen.requires_grad)
+    rollout = replace(rollout, prompts=replace(rollout.prompts, visual=visual))
     parts = list(rollout.micro_batches(passes.micro_batch))
     all_logprobs, all_stats = [], []
     for part, part_weights in zip(parts, weights.split([len(p.texts) for p in parts]), strict=True):
@@ -368,6 +379,8 @@ def backward(
         loss.backward()
         all_logprobs.append(logprobs.detach())
         all_stats.append({"loss": loss.detach(), "entropy": entropy.sum(), **stats})
+    if visual.requires_grad:
+        seen.backward(visual.grad, retain_graph=True)  # if memory runs out, all is done again
     return torch.cat(all_logprobs), combine(all_stats, tokens=rollout.completion_mask.sum())
 
 

@@ -159,6 +159,8 @@ def take_step(
             )
     watch.lap("reference_s")
     stats = update(loaded.policy, optimizer, rollout, passes=passes, **pick(config, *UPDATE_KNOBS))
+    # what was seen is used up, and would keep the vision tower's activations in memory
+    rollout = dataclasses.replace(rollout, prompts=rollout.prompts.unseen())
     if is_due(step, config.sync_reference_every):
         sync_reference(loaded.policy, loaded.reference, mix=config.reference_mix)
     watch.lap("update_s")

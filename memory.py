@@ -120,11 +120,11 @@ def cache_bytes(work: Work) -> int:
 
 
 def vision_bytes(work: Work) -> int:
-    """Return the bytes that the vision tower keeps of a micro-batch for the backward pass."""
+    """Return the bytes that the vision tower keeps of a step for the backward pass."""
     if work.freeze_vision or not work.trains_all:
         return 0
     vision = work.config.vision_config
-    patches = work.prompts_in_a_pass * (work.image_size // vision.patch_size) ** 2
+    patches = work.prompts_here * (work.image_size // vision.patch_size) ** 2
     return vision.depth * patches * activation_bytes(vision, DTYPES[work.dtype])
 
 

@@ -479,7 +479,7 @@ class Prompts:
     pixel_values: Tensor  # (Q, patches, values per patch)
     mm_token_type_ids: Tensor  # (Q, P), 1 where an image token stands
     image_grid_thw: Tensor  # (Q, 3): patches in time, height, width
-    visual: Tensor | None = None  # (Q, visual tokens, hidden): the images as `see` saw them
+    visual: Tensor | None = None  # (Q, visual tokens, hidden): what a model's `see` made of them
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -492,6 +492,10 @@ class Prompts:
             self.image_grid_thw[rows],
             None if self.visual is None else self.visual[rows],
         )
+
+    def unseen(self) -> "Prompts":
+        """Return the prompts as nobody has seen them: another model must look for itself."""
+        return replace(self, visual=None)
 
     def to(self, device: str) -> "Prompts":
         """Return the prompts with what the model computes on moved there."""
@@ -560,13 +564,13 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
 def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     """Return embeddings (Q, P, hidden), positions (3, Q, P), first completion positions (Q, 1).
 
-    The vision tower reads each image once. Completion token t stands at `first + t` on all three
-    axes: the image's 2-D block takes fewer positions than it has tokens, so `first` is below P.
+    The vision tower reads each image once, or not if it has been seen. Completion token t stands at
+    `first + t` on all three axes: the image's 2-D block takes fewer positions than it has tokens,
+    so `first` is below P.
     """
     core, types, grid = model.model, prompts.mm_token_type_ids, prompts.image_grid_thw
     embeds = core.get_input_embeddings()(prompts.input_ids)
-    visual = image_features(model, prompts) if prompts.visual is None else prompts.visual
-    visual = visual.flatten(0, 1).to(embeds.dtype)
+    visual = see(model, prompts).visual.flatten(0, 1).to(embeds.dtype)
     places = (types == IMAGE_TYPE).flatten().nonzero()[:, 0]
     places = send(places, embeds.device)
     embeds = embeds.flatten(0, 1).index_copy(0, places, visual).view_as(embeds)
@@ -576,24 +580,18 @@ def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     return embeds, send(positions, embeds.device), send(first, embeds.device)
 
 
-def image_features(model, prompts: Prompts) -> Tensor:
-    """Return what the vision tower makes of the images, (Q, visual tokens, hidden)."""
+def see(model, prompts: Prompts) -> Prompts:
+    """Return the prompts with what the vision tower makes of their images, if not seen already.
+
+    Differentiable where gradients are enabled and the tower is trained.
+    """
+    if prompts.visual is not None:
+        return prompts
     core, grid = model.model, prompts.image_grid_thw
     images = core.get_image_features(
         prompts.pixel_values.flatten(0, 1), grid, **vision_layout(core.visual, grid)
     )
-    return torch.stack(list(images.pooler_output))
-
-
-@torch.no_grad()
-def see(model, prompts: Prompts) -> Prompts:
-    """Return the prompts with their images' features, if the vision tower is frozen.
-
-    It makes the same of them in every pass of a step then, so that one is enough.
-    """
-    if trainable(model.model.visual):
-        return prompts
-    return replace(prompts, visual=image_features(model, prompts))
+    return replace(prompts, visual=torch.stack(list(images.pooler_output)))
 
 
 def vision_layout(visual, grid: Tensor) -> dict[str, object]:

@@ -31,7 +31,7 @@ import fastpath
 from attention import check_suffix_attention, lower_right, one_token_attention, suffix_attention
 from fastpath import check_matmul, matmul_fp32, relative_difference
 from grpo import Passes, Rollout, score_reference, update
-from policy import GIB, Prompts, embed_prompts, shape_config, use_own_attention
+from policy import GIB, Prompts, embed_prompts, see, shape_config, use_own_attention
 from runlog import Stopwatch
 from sampling import Completions, Sampler, make_generator
 from scoring import completion_logprobs
@@ -264,11 +264,11 @@ def check_decoding(bench: Bench) -> None:
     print({name: verdict for name, verdict in fastpath.VERDICTS.items() if "step" in name})
 
 
-def draw(bench: Bench, sampler: Sampler, seed: int) -> Completions:
-    """Return one rollout's completions."""
+def draw(bench: Bench, sampler: Sampler, seed: int, prompts: Prompts | None = None) -> Completions:
+    """Return one rollout's completions, of `prompts` if they have been seen already."""
     generator = make_generator(str(bench.device), seed)
     return sampler.generate(
-        bench.prompts,
+        prompts or bench.prompts,
         group_size=bench.shape.group_size,
         temperature=1.0,
         generator=generator,
@@ -354,11 +354,11 @@ def whole_step(bench: Bench) -> None:
         if number == 2:
             bench.peak_gib()  # the first steps also compile, record and check
         watch = Stopwatch(bench.synchronize)
-        completions = draw(bench, sampler, number)
+        prompts = see(policy, bench.prompts)
+        completions = draw(bench, sampler, number, prompts)
         watch.lap("prompts read, decoding")
-        rollout = score_reference(
-            reference, make_rollout(bench, completions), passes=passes, temperature=1.0
-        )
+        rollout = make_rollout(bench, prompts, completions)
+        rollout = score_reference(reference, rollout, passes=passes, temperature=1.0)
         watch.lap("reference")
         stats = update(
             policy, optimizer, rollout, loss="grpo", inner_epochs=1, passes=passes,
@@ -366,6 +366,7 @@ def whole_step(bench: Bench) -> None:
             max_grad_norm=1.0, max_new_tokens=shape.limit,
         )  # fmt: skip
         watch.lap("policy, log-probs, clip, optimizer")
+        del prompts, rollout  # and what the vision tower kept
         all_phases.append({**watch.seconds, "7. (of which the optimizer)": optimizer.seconds})
     heading("whole step", "ms, median of the last 3", "floor, ms")
     median = {
@@ -396,13 +397,13 @@ class TimedOptimizer(optimi.AdamW):
         self.seconds = watch.seconds["step"]
 
 
-def make_rollout(bench: Bench, completions: Completions) -> Rollout:
+def make_rollout(bench: Bench, prompts: Prompts, completions: Completions) -> Rollout:
     """Return a rollout of the sampled tokens, cut to the ragged lengths, with random rewards."""
     shape = bench.shape
     lengths = torch.tensor(bench.lengths, device=bench.device)
     mask = torch.arange(shape.longest, device=bench.device) < lengths[:, None]
     return Rollout(
-        prompts=bench.prompts,
+        prompts=prompts,
         completion_ids=completions.ids.masked_fill(~mask, 0),
         completion_mask=mask,
         lengths=bench.lengths,

@@ -235,10 +235,16 @@ def test_micro_batches_are_the_rollout_in_parts(loaded, prompts):
 
 
 def test_sampling_and_scoring_use_the_same_temperature(loaded, prompts):
-    rollout = collect(loaded, prompts, temperature=0.8)
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
-    same = update(loaded.policy, optimizer, rollout, **OPTIONS)
-    other = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "temperature": 1.0})
+    same, other = (
+        update(
+            loaded.policy,
+            optimizer,
+            collect(loaded, prompts, temperature=0.8),
+            **{**OPTIONS, "temperature": temperature},
+        )
+        for temperature in (0.8, 1.0)
+    )
     assert same["sampler_gap_max"] < 1e-10
     assert other["sampler_gap_mean"] > 1e-2
 
@@ -368,11 +374,14 @@ def out_of_memory(times: int, work):
 
 
 def test_when_memory_runs_out_smaller_passes_give_the_same_gradient(loaded, prompts, monkeypatch):
-    rollout = score_reference(
-        loaded.reference, collect(loaded, prompts), passes=Passes(3), temperature=0.8
-    )
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
-    expected = update(loaded.policy, optimizer, rollout, **OPTIONS)
+
+    def scored_rollout():
+        rollout = collect(loaded, prompts)
+        return score_reference(loaded.reference, rollout, passes=Passes(3), temperature=0.8)
+
+    expected = update(loaded.policy, optimizer, scored_rollout(), **OPTIONS)
+    rollout = scored_rollout()
     failing, seen = out_of_memory(1, grpo.completion_logprobs)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
     passes = Passes(micro_batch=2, checkpoint_layers=0)
@@ -404,10 +413,16 @@ def test_memory_that_runs_out_again_is_an_error(loaded, prompts, monkeypatch):
 
 
 def test_the_gradient_norm_is_that_before_clipping(loaded, prompts):
-    rollout = collect(loaded, prompts)
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
-    free = update(loaded.policy, optimizer, rollout, **OPTIONS)
-    clipped = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "max_grad_norm": 1e-6})
+    free, clipped = (
+        update(
+            loaded.policy,
+            optimizer,
+            collect(loaded, prompts),
+            **{**OPTIONS, "max_grad_norm": largest},
+        )
+        for largest in (1e9, 1e-6)
+    )
     assert free["grad_norm"] == clipped["grad_norm"] > 0
 
 

@@ -19,7 +19,7 @@ import main
 from attention import IMPLEMENTATION
 from config import Config
 from main import learning_rate
-from policy import use_own_attention
+from policy import load, use_own_attention
 from runlog import new_run, read_lines
 from shapes import ShapeSpec, make_example
 
@@ -51,6 +51,23 @@ def test_every_knob_is_read():
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pick":
             read |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     assert {knob.name for knob in dataclasses.fields(Config)} - read == set()
+
+
+def test_a_step_lets_go_of_what_it_has_seen():
+    """The last step's activations of the vision tower would be in memory beside the next one's."""
+    config = config_of(*SMALL, "--image-size", "84", "--max-new-tokens", "4")
+    loaded = load(TINY, device="cpu", dtype="float32", reference=True)
+    _, rollout, _ = main.take_step(
+        config,
+        0,
+        iter(main.make_batches(config, loaded.processor)),
+        main.make_sampler(config, loaded),
+        loaded,
+        main.make_optimizer(config, loaded.policy),
+        main.Passes(micro_batch=1),
+    )
+    assert len(rollout.texts) == 4
+    assert rollout.prompts.visual is None
 
 
 def test_a_run_is_never_overwritten(tmp_path, capsys):
