@@ -1,7 +1,7 @@
 """Seconds of a training step of the tiny model on a CPU: this trainer beside two peers.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step.py                      # about 6 minutes on 2 cores, best run alone
+    python benchmarks/step.py                      # about 9 minutes on 2 cores, best run alone
     python benchmarks/step.py --trainers own       # only this trainer
 
 On a GPU, with a checkpoint of the 7B model's shape (random_checkpoint.py makes one):
@@ -123,8 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--trainers", default="own,naive,trl", help="default: own,naive,trl")
-    parser.add_argument("--steps", type=int, default=9, metavar="N", help="of a round; default: 9")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--steps", type=int, default=6, metavar="N", help="of a round; default: 6")
+    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="default: 6")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
     add_flags(parser)
     args = parser.parse_args(arguments)
