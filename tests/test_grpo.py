@@ -392,6 +392,23 @@ def test_when_memory_runs_out_smaller_passes_give_the_same_gradient(loaded, prom
     assert (passes.micro_batch, passes.shrunk) == (1, True)
 
 
+def test_memory_may_run_out_in_the_vision_tower(loaded, prompts):
+    """Then all is done again with what it kept: its part of the backward pass comes last."""
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
+    expected = update(loaded.policy, optimizer, collect(loaded, prompts), **OPTIONS)
+    rollout, times = collect(loaded, prompts), iter([1])
+
+    def fail_once(gradient):
+        for _ in times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loaded.policy.model.visual.patch_embed.proj.weight.register_hook(fail_once)
+    passes = Passes(micro_batch=2, checkpoint_layers=0)
+    with pytest.warns(UserWarning, match="out of memory"):
+        stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "passes": passes})
+    assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
+
+
 def test_the_reference_is_scored_in_smaller_passes_too(loaded, prompts, monkeypatch):
     rollout = collect(loaded, prompts)
     whole = score_reference(loaded.reference, rollout, passes=Passes(3), temperature=0.8)
