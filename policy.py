@@ -494,7 +494,7 @@ class Prompts:
         )
 
     def unseen(self) -> "Prompts":
-        """Return the prompts as nobody has seen them: another model must look for itself."""
+        """Return the prompts without what was seen: other weights must look for themselves."""
         return replace(self, visual=None)
 
     def to(self, device: str) -> "Prompts":

@@ -1,7 +1,7 @@
 """Seconds of a training step of the tiny model on a CPU: this trainer beside two peers.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step.py                      # about 9 minutes on 2 cores, best run alone
+    python benchmarks/step.py                      # about 8 minutes on 2 cores, best run alone
     python benchmarks/step.py --trainers own       # only this trainer
 
 On a GPU, with a checkpoint of the 7B model's shape (random_checkpoint.py makes one):

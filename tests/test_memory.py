@@ -59,6 +59,13 @@ def test_what_is_not_trained_takes_its_weights_only(flags):
     assert sizes["vision tower"] == 0
 
 
+def test_smaller_passes_do_not_shrink_what_the_vision_tower_keeps():
+    """It sees a step's images at once, and keeps that until the last pass is done."""
+    work = work_of(config_of("--preset", "tiny", "--device", "cpu"))
+    whole, parts = (estimate(replace(work, micro_batch=size), free=None) for size in (8, 1))
+    assert parts["vision tower"] == whole["vision tower"] > 0
+
+
 def test_the_key_value_cache_is_that_of_the_sampler(processor):
     flags = ["--preset", "tiny", "--device", "cpu", "--max-new-tokens", "16", "--image-size", "84"]
     config = config_of(*flags)
