@@ -2,10 +2,11 @@
 
 Letters are those of the legend in grpo.py; S = P + the most new tokens is the number of key-value
 slots of a row. Each prompt is read once and its keys and values handed to its G rows. Then every
-row gets one token per decoding step: one pass over the weights draws B tokens.
+row gets one token per decoding step: one pass over the weights draws A tokens, of the A rows that
+go on.
 
-On a GPU the decoding step is compiled and recorded as a CUDA graph, where that works; on a CPU the
-same code runs as it stands.
+On a GPU the decoding step is compiled and recorded as a CUDA graph, where that works: with fixed
+rows, A = B. On a CPU the same code runs as it stands, and rows that have ended cost nothing more.
 """
 
 from collections.abc import Callable
@@ -48,13 +49,15 @@ class Cache:
     def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Keep what a layer has computed, and return what its queries may look at.
 
-        One token of each row, (rows, Hkv, 1, D), goes to the next slot, and all slots are returned.
+        One token of each of the first A rows, (A, Hkv, 1, D), goes to the next slot; all slots of
+        these rows are returned.
         Prompts, (Q, Hkv, P, D), go to the first slots of all rows of their groups.
         """
         if key.shape[2] == 1:
-            self.keys.index_copy_(2, self.next_slot, key)
-            self.values.index_copy_(2, self.next_slot, value)
-            return self.keys, self.values
+            keys, values = self.keys[: len(key)], self.values[: len(key)]
+            keys.index_copy_(2, self.next_slot, key)
+            values.index_copy_(2, self.next_slot, value)
+            return keys, values
         for slots, prompts in ((self.keys, key), (self.values, value)):
             rows = slots[:, :, : key.shape[2]].unflatten(0, (len(prompts), -1))
             rows.copy_(prompts[:, None])
@@ -103,8 +106,11 @@ class Sampler:
         self.draw(hidden)
         check_every = FINISHED_CHECK_EVERY if self.model.device.type == "cuda" else 1
         for drawn in range(1, self.max_new_tokens):
-            if drawn % check_every == 0 and self.finished.all():  # host sync
-                break
+            if drawn % check_every == 0:
+                if self.finished.all():  # host sync
+                    break
+                if self.advance == self.step and self.run_layer is call_layer:
+                    self.leave_out_finished()
             self.make_noise(temperature, generator)
             self.advance()
         return self.completions()
@@ -124,7 +130,8 @@ class Sampler:
             self.rope = torch.zeros(  # cosines and sines of the completion's positions
                 2, rows, self.max_new_tokens, head_size, dtype=weight.dtype
             )
-            self.finished = torch.zeros(rows, 1, dtype=torch.bool)
+            self.every_row = torch.arange(rows)
+            self.finished = torch.zeros(rows, dtype=torch.bool)
             self.ids = torch.zeros(rows, self.max_new_tokens, dtype=torch.long)
             accurate = at_least_fp32(weight.dtype)
             self.logprobs = torch.zeros(rows, self.max_new_tokens, dtype=accurate)
@@ -142,6 +149,7 @@ class Sampler:
         hidden = embeds
         for layer, cache in zip(self.language_model.layers, self.caches, strict=True):
             hidden = call_layer(layer, hidden, rope, None, cache)
+        self.rows = self.every_row  # those that go on, (A,): they have the first slots of a cache
         self.drawn.zero_()
         self.next_slot.fill_(embeds.shape[1])
         self.mask.fill_(-torch.inf)[..., : embeds.shape[1]] = 0
@@ -167,34 +175,49 @@ class Sampler:
             self.noise.zero_()
 
     def step(self) -> Tensor:
-        """Feed each row its latest token and draw the next; return the logits it was drawn from.
+        """Feed each row its latest token, draw the next; return the logits (A, V) it is drawn from.
 
         Device work on fixed buffers only: nothing here depends on a value the host would know.
         """
-        latest = self.ids.index_select(1, self.drawn - 1)  # (B, 1)
+        latest = self.ids[self.rows, self.drawn - 1, None]  # (A, 1)
         self.mask.index_fill_(-1, self.next_slot, 0)
         hidden = self.language_model.embed_tokens(latest)
-        rope = self.rope.index_select(2, self.drawn - 1).unbind()
+        rope = self.rope[:, self.rows, self.drawn - 1, None].unbind()  # (A, 1, D) each
         for layer, cache in zip(self.language_model.layers, self.caches, strict=True):
             hidden = self.run_layer(layer, hidden, rope, self.mask, cache)
         self.next_slot += 1
         return self.draw(self.language_model.norm(hidden)[:, 0])
 
     def draw(self, hidden: Tensor) -> Tensor:
-        """Draw one token per row from states (B, hidden), note it; return its logits (B, V).
+        """Draw one token per row from states (A, hidden), note it; return its logits (A, V).
 
         The Gumbel-max trick: argmax(logits - log E) with E ~ Exp(1) is a sample of softmax(logits),
         without a cumulative sum over the vocabulary and without a host sync.
         """
         logits = matmul_fp32(hidden, self.model.lm_head.weight.T).div_(self.temperature)
-        token = (logits - self.noise).argmax(-1, keepdim=True)  # (B, 1)
-        logprob = logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True)
-        token = token.masked_fill(self.finished, self.pad_id)
-        self.ids.index_copy_(1, self.drawn, token)
-        self.logprobs.index_copy_(1, self.drawn, logprob.masked_fill(self.finished, 0))
-        self.finished |= torch.isin(token, self.stops)
+        token = (logits - self.noise[self.rows]).argmax(-1)  # (A,)
+        logprob = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        finished = self.finished[self.rows]
+        token = token.masked_fill(finished, self.pad_id)
+        self.ids[self.rows, self.drawn] = token
+        self.logprobs[self.rows, self.drawn] = logprob.masked_fill(finished, 0)
+        self.finished[self.rows] = finished | torch.isin(token, self.stops)
         self.drawn += 1
         return logits
+
+    def leave_out_finished(self) -> None:
+        """Go on without the rows that have ended; the last rows take their places in the caches.
+
+        Not for a recorded or compiled step, which is made for so many rows.
+        """
+        ended = self.finished[self.rows]
+        remaining = int((~ended).sum())  # host sync
+        free = ended[:remaining].nonzero()[:, 0]  # host sync
+        moved = remaining + (~ended[remaining:]).nonzero()[:, 0]  # host sync
+        self.rows = self.rows.index_copy(0, free, self.rows[moved])[:remaining]
+        for cache in self.caches:
+            for slots in (cache.keys, cache.values):
+                slots[free] = slots[moved]
 
     def completions(self) -> Completions:
         """Return copies of what has been drawn, as wide as the longest row."""
@@ -208,7 +231,7 @@ class Sampler:
             mask=mask[:, :longest].clone(),
             lengths=lengths,
             logprobs=self.logprobs[:, :longest].clone(),
-            truncated=~self.finished[:, 0],
+            truncated=~self.finished,
         )
 
     # --- the same step, faster --------------------------------------------------------

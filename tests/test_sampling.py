@@ -195,6 +195,31 @@ def test_a_recorded_step_draws_what_the_plain_step_draws(model, prompts):
     assert torch.equal(plain.logprobs, recorded.logprobs)
 
 
+def test_rows_that_have_ended_are_left_out(model, prompts, monkeypatch):
+    """Those that go on move within the caches: they read their own prompt, draw their own noise."""
+    model.generation_config.eos_token_id = list(range(0, 486, 8))  # every eighth token is a stop
+    decoded = []
+    draw = Sampler.draw
+
+    def counting(self, hidden):
+        decoded.append(len(hidden))
+        return draw(self, hidden)
+
+    monkeypatch.setattr(Sampler, "draw", counting)
+    drawn = sample(model, prompts, group_size=4, max_new_tokens=24)
+    assert decoded == [
+        sum(length > before for length in drawn.lengths) for before in range(max(drawn.lengths))
+    ]
+    assert len(set(decoded)) > 5
+    with torch.no_grad():
+        expected = scored(model, prompts, drawn.ids, drawn.mask, temperature=0.7) * drawn.mask
+    torch.testing.assert_close(drawn.logprobs, expected, rtol=0, atol=1e-10)
+    decoded.clear()
+    recorded = sample(model, prompts, kind=RecordedSampler, group_size=4, max_new_tokens=24)
+    assert set(decoded) == {12}  # a recorded step is for all rows
+    assert torch.equal(recorded.ids, drawn.ids)
+
+
 def test_random_numbers_are_a_function_of_seed_and_step():
     def first(*numbers):
         return torch.rand(1, generator=make_generator("cpu", *numbers)).item()
