@@ -96,8 +96,7 @@ def collect_rollout(
     `reward_fn(text, q)` judges one completion of prompt q; its result's `total` is the reward. The
     images are seen here, for all passes of the policy until it is updated.
     """
-    with torch.enable_grad():  # the update goes back through what is seen here
-        prompts = see(sampler.model, prompts)
+    prompts = see(sampler.model, prompts)  # with its graph: the update goes back through it
     completions = sampler.generate(
         prompts, group_size=group_size, temperature=temperature, generator=generator
     )

@@ -211,6 +211,8 @@ class Sampler:
         Not for a recorded or compiled step, which is made for so many rows.
         """
         ended = self.finished[self.rows]
+        if not ended.any():  # host sync
+            return
         remaining = int((~ended).sum())  # host sync
         free = ended[:remaining].nonzero()[:, 0]  # host sync
         moved = remaining + (~ended[remaining:]).nonzero()[:, 0]  # host sync
