@@ -19,9 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastpath import relative_difference, trusted
+from fastpath import at_least_fp32, is_trusted, relative_difference, trusted
 
 IMPLEMENTATION = "shared_prompt"  # the name of `attention` in a model's config
+FLASH = "flash attention behind shared prompts"
+DECODING = "fused attention of one token"
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def one_token_attention(
     """
     rows, heads, _, size = query.shape
     query = query.reshape(rows, key.shape[1], -1, size)  # (B, Hkv, Hq / Hkv, D)
-    if query.is_cuda:
+    if query.is_cuda and is_trusted(DECODING):
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     else:  # the CPU's kernel is made for many queries: for a few, plain products are 2 x faster
         scores = (query * scaling) @ key.transpose(-1, -2) + mask
@@ -159,34 +161,19 @@ def suffix_attention(
     query (B, Hq, C, D), key and value (B, Hkv, P + C, D), visible (C, P + C) bool. On a GPU the
     flash kernel knows this form of causality by itself: no mask is read.
     """
-    mask = visible
-    if query.is_cuda and trusted(
-        "flash attention behind shared prompts", lambda: check_suffix_attention(query, key)
-    ):
+    mask, grouped = visible, True
+    if query.is_cuda and is_trusted(FLASH):
         mask = causal_lower_right(*visible.shape)
+    elif query.is_cuda:  # no kernel takes a mask and shared heads: torch would write out all scores
+        key, value, grouped = repeat_heads(key, query), repeat_heads(value, query), False
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
     )
 
 
-def check_suffix_attention(query: Tensor, key: Tensor) -> float:
-    """Return how far the flash form is off from the masked one: output or gradient, the worst.
-
-    On random numbers with the heads, dtype and device of query and key.
-    """
-    c, p = 24, 40  # tokens of completion and prompt
-    like = {"device": query.device, "dtype": query.dtype}
-    shapes = [(x.shape[1], tokens, x.shape[-1]) for x, tokens in ((query, c), (key, p + c))]
-    inputs = [torch.randn(2, *shape, **like) for shape in (shapes[0], shapes[1], shapes[1])]
-    gradient = torch.randn(2, *shapes[0], **like)
-    visible = lower_right(c, p + c, device=query.device)
-    results = []
-    for mask in (causal_lower_right(c, p + c), visible):
-        with torch.enable_grad():
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            out = F.scaled_dot_product_attention(*leaves, attn_mask=mask, enable_gqa=True)
-            results.append([out, *torch.autograd.grad(out, leaves, gradient)])
-    return max(relative_difference(fast, slow) for fast, slow in zip(*results, strict=True))
+def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """Return keys or values (B, Hkv, slots, D) once for each query head that shares them."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
 
 
 def lower_right(tokens: int, slots: int, *, device) -> Tensor:
@@ -198,3 +185,61 @@ def lower_right(tokens: int, slots: int, *, device) -> Tensor:
     """
     everything = torch.ones(tokens, slots, dtype=torch.bool, device=device)
     return everything.tril(slots - tokens)
+
+
+# --- the fast forms' checks ---------------------------------------------------------------
+
+
+def trust_attention(config, like: Tensor) -> None:
+    """Check, once, the attention kernels of a GPU, with the heads of a text config, in a dtype.
+
+    To be called before the first layer runs: `fastpath.trusted` says why.
+    """
+    if like.is_cuda:
+        trusted(FLASH, lambda: check_suffix_attention(config, like))
+        trusted(DECODING, lambda: check_one_token_attention(config, like))
+
+
+def check_suffix_attention(config, like: Tensor) -> float:
+    """Return how far the flash form is off from that by hand: output or gradient, the worst."""
+    inputs = random_heads(config, tokens=24, slots=64, like=like)
+    gradient, scaling = torch.randn_like(inputs[0]), inputs[0].shape[-1] ** -0.5
+    visible = lower_right(24, 64, device=like.device)
+    results = []
+    for form in (suffix_attention, attention_by_hand):
+        with torch.enable_grad():
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = form(*leaves, visible, scaling)
+            results.append([out, *torch.autograd.grad(out, leaves, gradient.to(out.dtype))])
+    return max(relative_difference(fast, slow) for fast, slow in zip(*results, strict=True))
+
+
+def check_one_token_attention(config, like: Tensor) -> float:
+    """Return how far the fused form is off from that by hand, with a third of the slots hidden."""
+    inputs = random_heads(config, tokens=1, slots=64, like=like)
+    scaling = inputs[0].shape[-1] ** -0.5
+    visible = lower_right(1, 64, device=like.device) & (torch.arange(64, device=like.device) < 40)
+    mask = torch.zeros(1, 1, 1, 64, device=like.device, dtype=like.dtype)
+    fast = one_token_attention(*inputs, mask.masked_fill(~visible, -torch.inf), scaling)
+    return relative_difference(fast.transpose(1, 2), attention_by_hand(*inputs, visible, scaling))
+
+
+def random_heads(config, *, tokens: int, slots: int, like: Tensor) -> list[Tensor]:
+    """Return query (2, Hq, tokens, D), key and value (2, Hkv, slots, D): random numbers."""
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    size = config.hidden_size // heads
+    shapes = ((2, heads, tokens, size), (2, shared, slots, size), (2, shared, slots, size))
+    return [torch.randn(shape, device=like.device, dtype=like.dtype) for shape in shapes]
+
+
+def attention_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float
+) -> Tensor:
+    """Return softmax(q k^T scaling) v, (B, Hq, C, D), in at least fp32: no kernel's own attention.
+
+    query (B, Hq, C, D), key and value (B, Hkv, slots, D), visible (C, slots) bool.
+    """
+    accurate = at_least_fp32(query.dtype)
+    key, value = (repeat_heads(x, query).to(accurate) for x in (key, value))
+    scores = query.to(accurate) @ key.transpose(-1, -2) * scaling
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value

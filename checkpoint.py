@@ -6,6 +6,9 @@ checkpoints/step-000100/
     optimizer.pt                          moments and Kahan compensation (--save-optimizer)
     state.json                            steps done, and checksums of all of the above
 
+Of several processes each writes the state of the parameters that it updates, to a file of its own:
+optimizer-1-of-4.pt. Any number of processes can go on from them.
+
 There is no random state and no place in the data to keep: both are functions of (seed, step), and
 so is the learning rate.
 """
@@ -16,6 +19,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -24,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from parallel import is_main, total
+from parallel import everyone, is_main, process_count, process_index, total
 from policy import (
     GIB,
     Loaded,
@@ -39,7 +43,7 @@ from policy import (
     trainable,
 )
 
-FAILURES = (OSError, RuntimeError, SafetensorError)  # what the savers raise on a full disk
+FAILURES = (OSError, RuntimeError, SafetensorError, ModelError)  # what the savers raise
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
 ROOM = 1.02  # of the tensors' bytes: headers, tokenizer, file system
 
@@ -57,6 +61,11 @@ def checkpoints_of(run: Path) -> list[Path]:
     )
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has the optimizer's state: only then can its run go on."""
+    return any(checkpoint.glob("optimizer*.pt"))
+
+
 # --- saving -----------------------------------------------------------------------------
 
 
@@ -72,33 +81,32 @@ def save(
 ) -> Path:
     """Write a checkpoint, delete all but the newest `keep`, and return its folder.
 
-    Of several processes the main one writes, the others give it their share of the optimizer.
-    Raises `CheckpointError` where there is no room, the disk refuses, or the policy is not worth
-    it; what was there stays.
+    The main process writes all but the other processes' shares of the optimizer's state. Raises
+    `CheckpointError`, in all of them, where there is no room, the disk refuses, or the policy is
+    not worth it; what was there stays.
     """
-    check_finite(loaded.policy)
-    if with_optimizer and isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict()
-    state = {"steps_done": steps_done, "checksums": checksums(loaded, optimizer, with_optimizer)}
-    folder = run / "checkpoints" / f"step-{steps_done:06}"
-    if not is_main():
-        return folder
     needed = checkpoint_bytes(loaded, with_optimizer=with_optimizer, with_reference=with_reference)
-    free = shutil.disk_usage(run).free
-    if needed > free:
-        raise CheckpointError(f"it takes {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free")
-    try:
-        with whole_folder(folder) as partial:
+    with failing_together():
+        check_finite(loaded.policy)
+        if is_main():
+            check_room(run, needed)
+    state = {
+        "steps_done": steps_done,
+        "processes": process_count(),
+        "checksums": checksums(loaded, optimizer, with_optimizer),
+    }
+    folder = run / "checkpoints" / f"step-{steps_done:06}"
+    with whole_folder(folder) as partial:
+        if is_main():
             save_policy(loaded, partial)
             if with_reference:
                 save_weights(loaded.reference, partial / "reference")
-            if with_optimizer:
-                torch.save(optimizer.state_dict(), partial / "optimizer.pt")
             (partial / "state.json").write_text(json.dumps(state) + "\n")
-        for old in checkpoints_of(run)[:-keep]:
+        if with_optimizer:
+            save_share(optimizer, partial)
+    with failing_together():
+        for old in checkpoints_of(run)[:-keep] if is_main() else []:
             discard(old)
-    except FAILURES as error:
-        raise CheckpointError(first_line(error)) from error
     return folder
 
 
@@ -107,14 +115,10 @@ def save_final(run: Path, loaded: Loaded, *, merge: bool = False) -> None:
 
     With `merge` the model with its adapter in its weights. Raises `CheckpointError`.
     """
-    check_finite(loaded.policy)
-    if not is_main():
-        return
-    try:
-        with whole_folder(run / "final") as partial:
+    with whole_folder(run / "final") as partial:
+        check_finite(loaded.policy)
+        if is_main():
             (save_merged if merge else save_policy)(loaded, partial)
-    except FAILURES as error:
-        raise CheckpointError(first_line(error)) from error
 
 
 def check_finite(policy) -> None:
@@ -128,6 +132,13 @@ def check_finite(policy) -> None:
         raise CheckpointError("the policy has weights that are not finite")
 
 
+def check_room(run: Path, needed: int) -> None:
+    """Raise `CheckpointError` if the disk has fewer bytes free."""
+    free = shutil.disk_usage(run).free
+    if needed > free:
+        raise CheckpointError(f"it takes {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free")
+
+
 def checkpoint_bytes(loaded: Loaded, *, with_optimizer: bool, with_reference: bool) -> int:
     """Return about how much disk a checkpoint takes: 62 GiB for 8.29 billion bf16 parameters."""
     weights, trained = (
@@ -139,26 +150,70 @@ def checkpoint_bytes(loaded: Loaded, *, with_optimizer: bool, with_reference: bo
     return int(ROOM * (saved + with_optimizer * moments + with_reference * weights))
 
 
+def save_share(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write the state of the parameters that this process updates, in the form of `state_dict`.
+
+    A parameter goes by its number among those of all processes. Tensors that lie on a device come
+    to the host one at a time.
+    """
+    share = torch.optim.Optimizer.state_dict(optimizer)  # of several processes, the groups only
+    for number, parameter in own_parameters(optimizer).items():
+        share["state"][number] = own_part(optimizer).state.get(parameter, {})
+    path = folder / share_name(process_index(), process_count())
+    before = torch.serialization.get_crc32_options()
+    # it would more than double the time, and the checksums in state.json tell of the same damage
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(share, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    flush(path)  # only the machine that has written can
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `folder` once all in it is on disk.
 
-    Whatever happens before that, to the disk, the process or the machine, `folder` stays as it was.
+    All processes may write to it. Whatever happens before that, to the disk, a process or the
+    machine, `folder` stays as it was. Raises `CheckpointError` in all of them if one cannot write.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        if folder.exists():
-            discard(folder)
-        partial.rename(folder)
-        flush(folder.parent)
+        with failing_together():
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with failing_together():
+            yield partial
+        with failing_together():
+            if is_main():
+                put_in_place(partial, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise `CheckpointError` in all processes if the block fails in any; all wait for all."""
+    problems, cause = [], None
+    try:
+        yield
+    except (CheckpointError, *FAILURES) as error:
+        problems, cause = [first_line(error)], error
+    if problems := everyone(problems):
+        raise CheckpointError(problems[0]) from cause
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a folder the name and place of another, once all in it is on disk."""
+    for path in [*partial.rglob("*"), partial]:
+        flush(path)
+    if folder.exists():
+        discard(folder)
+    partial.rename(folder)
+    flush(folder.parent)
 
 
 def discard(folder: Path) -> None:
@@ -199,24 +254,11 @@ def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) 
         copy_policy(checkpoint, loaded)
         if (checkpoint / "reference").is_dir():
             copy_weights(checkpoint / "reference", loaded.reference)
-        on_cpu = loaded.policy.device.type == "cpu"
-        optimizer.load_state_dict(
-            torch.load(
-                checkpoint / "optimizer.pt",
-                weights_only=True,
-                map_location="cpu",
-                mmap=not on_cpu,  # else a second copy would stand in memory on the way to the GPU
-            )
-        )
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            optimizer.state.clear()  # a second copy: its inner optimizer has its own
+        restore_optimizer(checkpoint, optimizer, processes=state["processes"])
     except CheckpointError:
         raise
     except ModelError as error:
         raise CheckpointError(f"damaged checkpoint: {error}") from error
-    except UnpicklingError as error:  # its own text tells how to run the code of others
-        problem = f"{checkpoint}: damaged: optimizer.pt holds not just tensors"
-        raise CheckpointError(problem) from error
     except Exception as error:  # whatever else a damaged file makes the loaders raise
         raise CheckpointError(f"{checkpoint}: damaged: {first_line(error)}") from error
     for part, found in checksums(loaded, optimizer, True).items():
@@ -232,11 +274,64 @@ def read_state(checkpoint: Path) -> dict:
     """Return what state.json holds. Raises `CheckpointError` if it cannot be read."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-        return {"steps_done": int(state["steps_done"]), "checksums": dict(state["checksums"])}
+        return {
+            "steps_done": int(state["steps_done"]),
+            "processes": int(state.get("processes", 1)),  # older ones have one file for all
+            "checksums": dict(state["checksums"]),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint / 'state.json'}: damaged: {first_line(error)}"
         ) from error
+
+
+def restore_optimizer(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, *, processes: int
+) -> None:
+    """Give the optimizer, tensor by tensor, its own part of what so many processes have saved."""
+    names = [share_name(number, processes) for number in range(processes)]
+    shares = [open_share(checkpoint / name) for name in names]
+    saved = {number: state for share in shares for number, state in share["state"].items()}
+    own_form = {"triton": optimizer.param_groups[0]["triton"]}  # a matter of the machine
+    groups = [group | own_form for group in shares[0]["param_groups"]]
+    torch.optim.Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": groups})
+    for number, parameter in own_parameters(optimizer).items():
+        own_part(optimizer).state[parameter] = {
+            name: value if value is None else value.to(parameter.device, copy=True)
+            for name, value in saved.get(number, {}).items()
+        }
+
+
+def open_share(path: Path) -> dict:
+    """Return what `save_share` wrote; a tensor stays on the disk until it is read."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except UnpicklingError as error:  # its own text tells how to run the code of others
+        raise CheckpointError(f"{path}: damaged: it holds not just tensors") from error
+
+
+# --- for saving and restoring -----------------------------------------------------------
+
+
+def share_name(number: int, processes: int) -> str:
+    """Return the name of the file with a process's share of the optimizer's state.
+
+    >>> share_name(0, 1), share_name(0, 4)
+    ('optimizer.pt', 'optimizer-1-of-4.pt')
+    """
+    return "optimizer.pt" if processes == 1 else f"optimizer-{number + 1}-of-{processes}.pt"
+
+
+def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that keeps the state of what this process updates."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+
+def own_parameters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
+    """Return the parameters that this process updates, by their number among those of all."""
+    everyones = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    own = {tensor for group in own_part(optimizer).param_groups for tensor in group["params"]}
+    return {number: tensor for number, tensor in enumerate(everyones) if tensor in own}
 
 
 def checksums(
@@ -247,11 +342,10 @@ def checksums(
     if loaded.reference is not None:
         found["reference"] = checksum(loaded.reference.parameters())
     if with_optimizer:
-        sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
-        states = (optimizer.optim if sharded else optimizer).state.values()
+        states = own_part(optimizer).state.values()
         tensors = (value for state in states for value in state.values() if value is not None)
         share = torch.tensor(checksum(tensors), device=loaded.policy.device)
-        found["optimizer"] = int(total(share))
+        found["optimizer"] = int(total(share))  # host sync
     return found
 
 

@@ -34,6 +34,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from fastpath import prepare_gpu, trust_triton
 from policy import (
     Loaded,
     ModelError,
@@ -264,7 +265,8 @@ class Lessons(Dataset):
 def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None:
     """Train the policy in place on synthetic answers: cross-entropy over all answer tokens."""
     model = loaded.policy
-    optimizer = optimi.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    triton = trust_triton(next(model.parameters()))
+    optimizer = optimi.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, triton=triton)
     lessons = DataLoader(
         Lessons(spec, loaded.processor, args),
         sampler=range(args.steps),
@@ -283,7 +285,7 @@ def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+        progress.set_postfix(loss=f"{loss.item():.3f}")  # host sync
 
 
 def warmup_cosine(step: int, steps: int) -> float:
@@ -334,6 +336,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Make a folder with a warmed-up model."""
+    prepare_gpu()
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from checkpoint import checkpoints_of
+from fastpath import prepare_gpu
 from parallel import process_count, process_index
 from policy import ModelError, encode, load, place, stop_ids
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
@@ -298,6 +299,7 @@ def report(answers: list[Answer], spec: ShapeSpec, args: argparse.Namespace) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate what the command line names, and report."""
+    prepare_gpu()
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:

@@ -20,6 +20,7 @@ References:
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -276,12 +277,18 @@ def within_memory(work: Callable[..., T], *arguments, passes: Passes, **options)
     """
     try:
         return work(*arguments, passes=passes, **options)
-    except torch.OutOfMemoryError:
-        if passes.shrunk:
+    except RuntimeError as error:
+        if passes.shrunk or not is_out_of_memory(error):
             raise
     passes.shrink()  # not in the handler: as long as it runs, its error keeps the failed pass alive
-    torch.cuda.empty_cache()
+    with suppress(RuntimeError):  # it helps, no more
+        torch.cuda.empty_cache()
     return work(*arguments, passes=passes, **options)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a GPU's memory has run out: torch's own, or a library's for its workspace."""
+    return isinstance(error, torch.OutOfMemoryError) or "_ALLOC_FAILED" in str(error)
 
 
 def update(
@@ -331,7 +338,7 @@ def update(
             rollout = replace(rollout, old_logprobs=logprobs, prompts=rollout.prompts.unseen())
     gap = {name: value for name, value in first_stats.items() if name.startswith("sampler_gap")}
     numbers = {name: float(value) for name, value in {**stats, **gap}.items()}  # host sync
-    numbers["grad_norm"] = float(grad_norm)
+    numbers["grad_norm"] = float(grad_norm)  # host sync
     return {**numbers, "skipped": skipped, "not_finite": not_finite}
 
 

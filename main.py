@@ -31,17 +31,29 @@ from transformers.utils.logging import disable_progress_bar
 import checkpoint
 from config import Config, make_config, make_parser
 from evaluate import evaluate, summarize
+from fastpath import prepare_gpu, trust_triton
 from grpo import (
     Passes,
     Rollout,
     collect_rollout,
     has_spread,
+    is_out_of_memory,
     score_reference,
     sync_reference,
     update,
 )
 from health import Health, StopSignal, Unhealthy, follow_the_parent
-from memory import EXACT, Work, estimate, parameters_of, table, trained_of, what_would_fit
+from memory import (
+    Work,
+    at_least,
+    estimate,
+    held,
+    parameters_of,
+    table,
+    trained_bytes,
+    trained_of,
+    what_would_fit,
+)
 from parallel import everyone, is_main, join, process_count, process_index
 from policy import (
     GIB,
@@ -171,14 +183,11 @@ def take_step(
 def next_batch(
     batches: Iterator[tuple[list[Example], Prompts]],
 ) -> tuple[list[Example], Prompts]:
-    """Return a step's examples and prompts. Raises `Unhealthy` if a worker process has failed."""
+    """Return a step's examples and prompts. Raises `Unhealthy` if the loader has failed."""
     try:
         return next(batches)
     except RuntimeError as error:
-        raise Unhealthy(
-            f"a process that draws plots failed: {first_line(error)}; with --workers 0 they are "
-            f"drawn without it"
-        ) from error
+        raise Unhealthy(f"the next plots could not be had: {first_line(error)}") from error
 
 
 def save_checkpoint(
@@ -187,7 +196,8 @@ def save_checkpoint(
     """Save the run's state, or say why that was left out: the run itself goes on."""
     begin = time.perf_counter()
     try:
-        log.sync()  # a checkpoint without the lines of its steps could not be resumed from
+        with checkpoint.failing_together():  # nothing could be resumed without its steps' lines
+            log.sync()
         saved = checkpoint.save(
             log.folder,
             loaded,
@@ -215,7 +225,7 @@ def how_to_go_on(run: Path) -> str:
     saved = checkpoint.checkpoints_of(run)
     if not saved:
         return f"No checkpoint yet: python main.py --resume {run} starts the run again"
-    if not (saved[-1] / "optimizer.pt").is_file():
+    if not checkpoint.has_optimizer(saved[-1]):
         return f"Its weights: {saved[-1]}, from which a new run can start (--model)"
     return f"Last checkpoint: {saved[-1]}. To go on: python main.py --resume {run}"
 
@@ -242,6 +252,7 @@ def make_optimizer(config: Config, policy) -> torch.optim.Optimizer:
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": ADAM_EPS,
         "weight_decay": config.weight_decay,
+        "triton": trust_triton(trainable(policy)[0]),
     }
     if process_count() == 1:
         return optimi.AdamW(trainable(policy), **options)
@@ -476,7 +487,7 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
         raise ValueError(
             f"--resume {run}: {done} steps are done; must be more: --steps {config.steps}"
         )
-    if not (saved[-1] / "optimizer.pt").is_file():
+    if not checkpoint.has_optimizer(saved[-1]):
         raise ValueError(
             f"--resume {run}: {saved[-1].name} has no optimizer state (--no-save-optimizer). A new "
             f"run can start from its weights: --model {saved[-1]}"
@@ -531,31 +542,30 @@ def report_needs(config: Config, folder: Path) -> bool:
     work = work_of(config)
     has_device = work.device == "cpu" or torch.cuda.is_available()
     free = free_memory(torch.device(work.device))[0] if has_device else 0
-    sizes = estimate(work, free=free)
-    total = sum(sizes.values())
+    found = estimate(work, free=free)
     print(
         f"{config.model} in {work.dtype} on {work.device}: {work.prompts_per_step} prompts x "
         f"{work.group_size} completions of up to {work.max_new_tokens} tokens, "
         f"{work.micro_batch} prompts per backward pass"
         + (f", each of {work.processes} processes" if work.processes > 1 else "")
     )
-    print(table(sizes))
+    print(table(found))
     print(f"  {'free':<40}" + (f"{free / GIB:>9.2f} GiB" if has_device else "   no CUDA GPU found"))
     print(disk_needs(config, folder)[0])
-    if has_device and total <= free:
+    if has_device and found.total <= free:
         print("It fits.")
     elif has_device:
         print(f"It does not fit. What would: {what_would_fit(work, free) or NOTHING}")
     else:
-        print(f"It takes a CUDA GPU with {total / GIB:.0f} GiB free. {RUNS_ANYWHERE}")
-    return has_device and total <= free
+        print(f"It takes a CUDA GPU with {found.total / GIB:.0f} GiB free. {RUNS_ANYWHERE}")
+    return has_device and found.total <= free
 
 
 def disk_needs(config: Config, folder: Path) -> tuple[str, bool]:
     """Return what a run writes, in one line, and whether there is room for it."""
     work = work_of(config)
-    sizes, parts = estimate(work, free=None), what_is_saved(config)
-    saved = sizes["gradients" if config.lora_rank else "weights"]
+    sizes, parts = held(work), what_is_saved(config)
+    saved = trained_bytes(work) if config.lora_rank else sizes["weights"]
     each = saved + parts["with_optimizer"] * sizes["optimizer"] * work.processes
     each += parts["with_reference"] * sizes["weights"]
     final = saved + config.merge * sizes["weights"]
@@ -574,6 +584,7 @@ def disk_needs(config: Config, folder: Path) -> tuple[str, bool]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, refuse what cannot work before anything is loaded, and train."""
+    prepare_gpu()
     parser = make_parser(__doc__)
     parsed = parser.parse_args(arguments)
     run, optimizer, steps_done = getattr(parsed, "resume", None), None, 0
@@ -651,13 +662,12 @@ def placed(config: Config) -> Config:
     )
     config = dataclasses.replace(config, device=device, dtype=dtype)
     work, (free, _) = work_of(config), free_memory(torch.device(device))
-    sizes = estimate(work, free=free)
-    at_least, about = sum(sizes[name] for name in EXACT), sum(sizes.values())
+    about = estimate(work, free=free).total
     if about > free:
         flags = what_would_fit(work, free) or NOTHING
         told = f"GiB, {free / GIB:.1f} are free on {device}. What would fit: {flags}"
-        if at_least > free:
-            raise ModelError(f"this run takes at least {at_least / GIB:.1f} {told}")
+        if at_least(work) > free:
+            raise ModelError(f"this run takes at least {at_least(work) / GIB:.1f} {told}")
         print(f"This run takes about {about / GIB:.1f} {told}")
     return config
 
@@ -669,12 +679,13 @@ def run_to_the_end(config: Config, loaded: Loaded, log: RunLog, **state) -> None
         log.close()
     except Unhealthy as error:
         problem = str(error)
-    except torch.OutOfMemoryError:
-        layers = loaded.policy.config.text_config.num_hidden_layers
-        problem = (
-            f"out of GPU memory. What helps most: --micro-batch 1 --checkpoint-layers {layers}, "
-            f"--max-new-tokens, --group-size (python main.py --dry-run shows what takes how much)"
-        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        work, found = work_of(config), estimate(work_of(config), free=None)
+        tenth = (found.total - found.sizes["libraries"]) // 10
+        less = what_would_fit(work, found.total - tenth) or NOTHING
+        problem = f"out of GPU memory. What takes a tenth less: {less}"
     except (OSError, checkpoint.CheckpointError) as error:
         problem = f"cannot be written: {error}"
     else:

@@ -122,9 +122,10 @@ def load(
     except Exception as error:  # whatever a damaged folder or a lost connection makes it raise
         raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
     use_own_attention(policy)
-    policy.to(device).eval()
     if lora_rank:
-        return Loaded(policy, None, processor, add_adapter(policy, model, lora_rank, seed))
+        adapter = add_adapter(policy, model, lora_rank, seed)
+        return Loaded(policy.to(device).eval(), None, processor, adapter)
+    policy.to(device).eval()
     frozen = copy.deepcopy(policy).requires_grad_(False) if reference else None
     policy.model.visual.requires_grad_(not freeze_vision)
     return Loaded(policy, frozen, processor)
@@ -142,7 +143,7 @@ def add_adapter(policy, model: str, rank: int, seed: int):
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=list(ADAPTED), exclude_modules=".*visual.*"
     )
-    with torch.random.fork_rng(), quiet_peft():
+    with torch.random.fork_rng(devices=[]), quiet_peft():  # the policy is still on the host
         torch.manual_seed(seed)
         # in the weights' own dtype: AdamW with Kahan summation loses nothing in bf16
         return get_peft_model(policy, config, autocast_adapter_dtype=False)
@@ -214,7 +215,8 @@ def merge(base, adapter: str):
         raise ModelError(f"model {adapter}: an adapter needs peft: pip install peft") from error
     try:
         with quiet_peft():
-            return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+            on_host = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
+            return on_host.merge_and_unload()
     except Exception as error:  # whatever a damaged folder makes it raise
         raise ModelError(f"model {adapter}: cannot be loaded: {first_line(error)}") from error
 
@@ -527,9 +529,9 @@ def encode(processor, images: list[Image.Image], *, system: str, prompt: str) ->
     pictures, _ = process_vision_info(chats)
     batch = processor.image_processor(images=pictures, return_tensors="pt")
     return Prompts(
-        input_ids=input_ids.expand(len(images), -1),
+        input_ids=input_ids.repeat(len(images), 1),  # `expand` shares memory: it cannot be pinned
         pixel_values=batch["pixel_values"].unflatten(0, (len(images), -1)),
-        mm_token_type_ids=mm_token_type_ids.expand(len(images), -1),
+        mm_token_type_ids=mm_token_type_ids.repeat(len(images), 1),
         image_grid_thw=batch["image_grid_thw"],
     )
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import IMPLEMENTATION, Packing, lower_right
-from fastpath import at_least_fp32, matmul_fp32
+from attention import IMPLEMENTATION, Packing, lower_right, trust_attention
+from fastpath import matmul_fp32
 from policy import Prompts, embed_prompts, free_memory, send
 
 CHUNK = 1024  # completion tokens whose logits over the vocabulary are in memory at once
-HEADROOM = 0.15  # of the memory: left free when layers to checkpoint are chosen
+HEADROOM = 0.08  # of the memory: left free when layers to checkpoint are chosen
 
 
 def completion_logprobs(
@@ -99,13 +99,15 @@ def run_packed(
     """
     if language_model.config._attn_implementation != IMPLEMENTATION:
         raise RuntimeError("call policy.use_own_attention(model) before scoring with a model")
+    trust_attention(language_model.config, embeds)
     hidden = embeds[None]
     rope = language_model.rotary_emb(hidden, positions[:, None])
     options = {"attention_mask": None, "position_embeddings": rope, "packing": packing}
     if not torch.is_grad_enabled():
         checkpoint_layers = 0
     elif checkpoint_layers is None:
-        checkpoint_layers = layers_to_checkpoint(language_model, len(embeds))
+        cells = packing.prompts * packing.group_size * packing.longest
+        checkpoint_layers = layers_to_checkpoint(language_model, len(embeds), cells)
     for number, layer in enumerate(language_model.layers):
         if number < checkpoint_layers:
             hidden = checkpoint(
@@ -119,30 +121,43 @@ def run_packed(
 # --- memory -----------------------------------------------------------------------------
 
 
-def layers_to_checkpoint(language_model, tokens: int) -> int:
+def layers_to_checkpoint(language_model, tokens: int, cells: int) -> int:
     """Return how many layers must be recomputed for a pass over so many tokens to fit.
 
-    The memory that is free now, less the gradients still to come, the logits of one chunk and
-    HEADROOM, is shared out: a kept layer takes `activation_bytes` for each token.
+    All that are kept are in memory together when the backward pass begins, with the log-probs'
+    part of it: later a kept layer's activations make room for its gradients. So what is free now,
+    less that part and HEADROOM, is shared out by `activation_bytes`.
     """
     config, device = language_model.config, language_model.device
     free, total = free_memory(device)
-    missing = [p for p in language_model.parameters() if p.requires_grad and p.grad is None]
-    gradients = sum(p.numel() * p.element_size() for p in missing)
-    logits = 3 * 4 * min(tokens, CHUNK) * config.vocab_size
-    per_layer = tokens * activation_bytes(config, language_model.dtype)
-    budget = free - gradients - logits - HEADROOM * total - per_layer  # one layer is always live
-    kept = max(0, int(budget / per_layer))
-    return max(0, config.num_hidden_layers - kept)
+    trained = language_model.embed_tokens.weight.requires_grad
+    each = activation_bytes(config, language_model.dtype, tokens, cells, trained=trained)
+    budget = free - HEADROOM * total - logprobs_bytes(config, cells, trained=trained)
+    return max(0, config.num_hidden_layers - max(0, int(budget / each)))
 
 
-def activation_bytes(config, dtype: torch.dtype) -> int:
-    """Return about how many bytes a decoder layer keeps of a token for the backward pass.
+def activation_bytes(config, dtype: torch.dtype, tokens: int, cells: int, *, trained: bool) -> int:
+    """Return about how many bytes a decoder layer keeps of a pass for the backward pass.
 
-    Counted on transformers' layers: the MLP keeps 4 vectors of its inner width, and all else that
-    is kept, with the padding inside attention, comes to about 15 of the hidden width.
+    Counted on transformers' layers: of each packed token 4 vectors of the MLP's inner width and 9
+    of the hidden width, 6.5 if only adapters are trained; 4 of the latter of each cell (B, C) of
+    the padded completions inside attention.
     """
-    return dtype.itemsize * (4 * config.intermediate_size + 15 * config.hidden_size)
+    hidden = (9 if trained else 6.5) * tokens + 4 * cells
+    return int(
+        dtype.itemsize * (4 * config.intermediate_size * tokens + config.hidden_size * hidden)
+    )
+
+
+def logprobs_bytes(config, tokens: int, *, trained: bool) -> int:
+    """Return the bytes that `ChunkedLogprobs` takes at most, of so many tokens' passes.
+
+    Forward the logits of a chunk in fp32, and as much twice inside of logsumexp; backward, if the
+    vocabulary is trained, its gradient in fp32, a chunk's part of it, and d logits.
+    """
+    logits = min(tokens, CHUNK) * config.vocab_size
+    backward = trained * (2 * 4 * config.vocab_size * config.hidden_size + 4 * logits)
+    return max(3 * 4 * logits, backward)
 
 
 # --- log-probs --------------------------------------------------------------------------
@@ -163,16 +178,11 @@ class ChunkedLogprobs(torch.autograd.Function):
 
         states (T, hidden), weight (V, hidden), targets (T,).
         """
-        logprobs = torch.empty(len(states), device=states.device, dtype=at_least_fp32(states.dtype))
-        entropy, log_normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        for start in range(0, len(states), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            logits = matmul_fp32(states[chunk], weight.T).div_(temperature)  # (chunk, V)
-            log_normalizer[chunk] = logits.logsumexp(-1)
-            normalizer = log_normalizer[chunk, None]
-            logprobs[chunk] = (logits.gather(1, targets[chunk, None]) - normalizer)[:, 0]
-            probabilities = (logits - normalizer).exp_()
-            entropy[chunk] = log_normalizer[chunk] - probabilities.mul_(logits).sum(-1)
+        parts = [
+            chunk_logprobs(states[chunk], weight, targets[chunk], temperature)
+            for chunk in chunks_of(len(states))
+        ]
+        logprobs, entropy, log_normalizer = (torch.cat(each) for each in zip(*parts, strict=True))
         ctx.save_for_backward(states, weight, targets, log_normalizer)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -180,20 +190,22 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor, _) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """d logprob / d logits = one-hot(target) - softmax(logits), divided by the temperature."""
+        """Return d logits @ weight, and d logits.T @ states, summed over the chunks in fp32."""
         states, weight, targets, log_normalizer = ctx.saved_tensors
         for_states, for_weight = ctx.needs_input_grad[:2]
         states_gradient = torch.empty_like(states) if for_states else None
         weight_gradient = None
-        if for_weight:  # summed over chunks in fp32
+        if for_weight:
             weight_gradient = torch.zeros_like(weight, dtype=log_normalizer.dtype)
-        for start in range(0, len(states), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            logits = matmul_fp32(states[chunk], weight.T).div_(ctx.temperature)
-            d_logits = logits.sub_(log_normalizer[chunk, None]).exp_().neg_()
-            d_logits.scatter_add_(1, targets[chunk, None], torch.ones_like(d_logits[:, :1]))
-            d_logits.mul_(gradient[chunk, None] / ctx.temperature)
-            d_logits = d_logits.to(states.dtype)
+        for chunk in chunks_of(len(states)):
+            d_logits = chunk_gradient(
+                states[chunk],
+                weight,
+                targets[chunk],
+                log_normalizer[chunk],
+                gradient[chunk],
+                ctx.temperature,
+            )
             if for_states:
                 states_gradient[chunk] = d_logits @ weight
             if for_weight:
@@ -201,3 +213,38 @@ class ChunkedLogprobs(torch.autograd.Function):
         if for_weight:
             weight_gradient = weight_gradient.to(weight.dtype)
         return states_gradient, weight_gradient, None, None
+
+
+def chunks_of(tokens: int) -> list[slice]:
+    """Return the slices of so many tokens of which logits are in memory at once."""
+    return [slice(start, start + CHUNK) for start in range(0, tokens, CHUNK)]
+
+
+def chunk_logprobs(
+    states: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs, entropies and the logarithms of the normalizers, (chunk,) each."""
+    logits = matmul_fp32(states, weight.T).div_(temperature)  # (chunk, V), gone with this call
+    log_normalizer = logits.logsumexp(-1)
+    logprobs = logits.gather(1, targets[:, None])[:, 0] - log_normalizer
+    probabilities = (logits - log_normalizer[:, None]).exp_()
+    entropy = log_normalizer - probabilities.mul_(logits).sum(-1)
+    return logprobs, entropy, log_normalizer
+
+
+def chunk_gradient(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    log_normalizer: Tensor,
+    gradient: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Return the gradient of a chunk's logits, (chunk, V), of that of its log-probs, (chunk,).
+
+    d logprob / d logits = one-hot(target) - softmax(logits), divided by the temperature.
+    """
+    logits = matmul_fp32(states, weight.T).div_(temperature)
+    d_logits = logits.sub_(log_normalizer[:, None]).exp_().neg_()
+    d_logits.scatter_add_(1, targets[:, None], torch.ones_like(d_logits[:, :1]))
+    return d_logits.mul_(gradient[:, None] / temperature).to(states.dtype)

@@ -1,6 +1,7 @@
 """attention.py: its forms against attention written out, and the check of its fast form."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,17 @@ from conftest import random_completions, stock, stock_inputs
 
 import attention
 import fastpath
-from attention import check_suffix_attention, lower_right, one_token_attention, suffix_attention
+from attention import (
+    check_one_token_attention,
+    check_suffix_attention,
+    lower_right,
+    one_token_attention,
+    suffix_attention,
+)
 from fastpath import TOLERANCE
+
+HEADS = SimpleNamespace(num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
+LIKE = torch.zeros(1, dtype=torch.float64)
 
 
 def written_out(query, key, value, visible, scaling):
@@ -57,24 +67,50 @@ def test_a_stock_call_that_pads_on_the_left_ignores_its_padding(model, prompts):
     assert torch.equal(own[real], other[real])
 
 
-# --- the fast form's check ----------------------------------------------------------------
+# --- the fast forms' checks ---------------------------------------------------------------
 
 
-def test_the_check_of_the_flash_form_accepts_the_right_mask():
-    query, key, _ = random_heads(3, 7)
-    assert check_suffix_attention(query, key) < 1e-12
+class OnGpu(torch.Tensor):
+    """A tensor of the host that says it is on a GPU: which form is chosen depends on that alone."""
+
+    is_cuda = True
 
 
-def test_the_check_of_the_flash_form_notices_a_wrong_mask(monkeypatch):
-    query, key, _ = random_heads(3, 7)
+@pytest.fixture
+def gpu(monkeypatch):
+    """The checks' random heads are on a GPU, the fast forms trusted."""
+    heads = attention.random_heads
+
+    def on_gpu(*arguments, **options):
+        return [x.as_subclass(OnGpu) for x in heads(*arguments, **options)]
+
+    monkeypatch.setattr(attention, "random_heads", on_gpu)
+    verdicts = {attention.FLASH: True, attention.DECODING: True}
+    monkeypatch.setattr(fastpath, "VERDICTS", verdicts)
+    monkeypatch.setattr(attention, "causal_lower_right", partial(lower_right, device="cpu"))
+
+
+def test_the_checks_accept_the_right_masks(gpu):
+    assert check_suffix_attention(HEADS, LIKE) < 1e-12
+    assert check_one_token_attention(HEADS, LIKE) < 1e-12
+
+
+def test_the_check_of_the_flash_form_notices_a_wrong_mask(gpu, monkeypatch):
     upper_left = lambda c, slots: torch.ones(c, slots, dtype=torch.bool).tril()  # noqa: E731
     monkeypatch.setattr(attention, "causal_lower_right", upper_left)
-    assert check_suffix_attention(query, key) > 10 * TOLERANCE
+    assert check_suffix_attention(HEADS, LIKE) > 10 * TOLERANCE
 
 
-def test_the_check_of_the_flash_form_notices_a_wrong_gradient(monkeypatch):
-    query, key, _ = random_heads(3, 7)
+def test_the_check_of_the_fused_token_notices_a_mask_that_is_not_read(gpu, monkeypatch):
+    def without_mask(query, key, value, attn_mask, scale):
+        return sdpa(query, key, value, scale=scale)
 
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", without_mask)
+    assert check_one_token_attention(HEADS, LIKE) > 10 * TOLERANCE
+
+
+def test_the_check_of_the_flash_form_notices_a_wrong_gradient(gpu, monkeypatch):
     class HalfTheGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -84,35 +120,61 @@ def test_the_check_of_the_flash_form_notices_a_wrong_gradient(monkeypatch):
         def backward(ctx, gradient):
             return gradient / 2
 
-    calls = []
-
     def attend(query, key, value, **options):
-        calls.append(1)
-        value = HalfTheGradient.apply(value) if len(calls) == 1 else value
-        return sdpa(query, key, value, **options)
+        return sdpa(query, key, HalfTheGradient.apply(value), **options)
 
     sdpa = F.scaled_dot_product_attention
-    monkeypatch.setattr(attention, "causal_lower_right", partial(lower_right, device="cpu"))
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
-    assert check_suffix_attention(query, key) == pytest.approx(0.5)
+    assert check_suffix_attention(HEADS, LIKE) == pytest.approx(0.5)
 
 
-def test_on_a_gpu_the_fast_form_is_used_only_if_it_is_trusted(monkeypatch):
-    """A GPU is pretended: what counts is which mask attention is called with."""
+def test_what_the_checks_compare_with_is_no_kernel(gpu, monkeypatch):
+    """A kernel that is wrong in all its forms is not held against itself."""
+
+    def of_twice_the_query(query, key, value, **options):
+        return sdpa(2 * query, key, value, **options)
+
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", of_twice_the_query)
+    assert check_suffix_attention(HEADS, LIKE) > 10 * TOLERANCE
+    assert check_one_token_attention(HEADS, LIKE) > 10 * TOLERANCE
+
+
+def test_on_a_gpu_a_fast_form_is_used_only_if_it_is_trusted(monkeypatch):
     query, key, value = random_heads(3, 7)
     visible = lower_right(3, 7, device="cpu")
     seen = []
 
-    class OnGpu(torch.Tensor):
-        is_cuda = True
+    def attend(query, key, value, *, attn_mask, **options):
+        seen.append((type(attn_mask).__name__, key.shape[1], options["enable_gqa"]))
 
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *_, attn_mask, **__: seen.append(attn_mask)
-    )
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     for verdict in (True, False):
-        monkeypatch.setattr(attention, "trusted", lambda name, check, verdict=verdict: verdict)
+        monkeypatch.setattr(fastpath, "VERDICTS", {attention.FLASH: verdict})
         suffix_attention(query.as_subclass(OnGpu), key, value, visible, 0.3)
     suffix_attention(query, key, value, visible, 0.3)
-    kinds = [type(mask).__name__ for mask in seen]
-    assert kinds == ["CausalBias", "Tensor", "Tensor"]
+    # a mask and shared heads together: no GPU kernel takes them, so the heads are written out
+    assert seen == [("CausalBias", 2, True), ("Tensor", 6, False), ("Tensor", 2, True)]
+
+
+def test_without_the_fast_forms_a_gpu_computes_the_same(monkeypatch):
+    monkeypatch.setattr(fastpath, "VERDICTS", {})
+    query, key, value = random_heads(3, 7)
+    visible = lower_right(3, 7, device="cpu")
+    own = suffix_attention(query.as_subclass(OnGpu), key, value, visible, 0.3)
+    torch.testing.assert_close(
+        own.as_subclass(torch.Tensor), written_out(query, key, value, visible, 0.3)
+    )
+
+
+def test_the_kernels_are_checked_once_and_on_a_gpu_only(monkeypatch):
+    monkeypatch.setattr(fastpath, "VERDICTS", {})
+    attention.trust_attention(HEADS, LIKE)
     assert fastpath.VERDICTS == {}
+    checked = []
+    for name in ("check_suffix_attention", "check_one_token_attention"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name: checked.append(name) or 0.0)
+    for _ in range(2):
+        attention.trust_attention(HEADS, LIKE.as_subclass(OnGpu))
+    assert checked == ["check_suffix_attention", "check_one_token_attention"]
+    assert fastpath.VERDICTS == {attention.FLASH: True, attention.DECODING: True}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,33 @@ def test_a_checkpoint_is_a_model_folder(tmp_path):
     loaded, optimizer = trained()
     parts = {"with_optimizer": False, "with_reference": False}
     saved = save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **parts)
-    assert not (saved / "optimizer.pt").exists()
+    assert not checkpoint.has_optimizer(saved)
     assert_equal(load(str(saved), device="cpu", dtype="float32").policy, loaded.policy)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_the_optimizer_is_a_plain_state_dict(sound, mmap):
+    _, expected = trained()
+    _, optimizer = fresh()
+    optimizer.load_state_dict(torch.load(sound / "optimizer.pt", weights_only=True, mmap=mmap))
+    for one, other in zip(optimizer.state.values(), expected.state.values(), strict=True):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])
+        assert torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
+    assert optimizer.param_groups[0]["step"] == 2
+
+
+def test_what_is_restored_no_longer_needs_the_file(sound):
+    restored = fresh()
+    restore(sound, *restored)
+    assert "optimizer.pt" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_checkpoint_from_before_processes_were_counted(sound, tmp_path):
+    old = Path(shutil.copytree(sound, tmp_path / "step-000002"))
+    state = json.loads((old / "state.json").read_text())
+    assert state.pop("processes") == 1
+    (old / "state.json").write_text(json.dumps(state))
+    assert restore(old, *fresh()) == 2
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -155,6 +181,32 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, file_size_limit):
     restore(before, *fresh())
 
 
+@pytest.fixture(params=[True, False])
+def crc32(request):
+    """Whether torch.save writes a crc32, before and after a checkpoint is saved."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(request.param)
+    yield request.param
+    torch.serialization.set_crc32_options(before)
+
+
+@pytest.mark.parametrize("problem", [None, OSError("disk full")])
+def test_crc32_is_left_out_and_stays_as_it_was_set(tmp_path, monkeypatch, crc32, problem):
+    def saving(*arguments):
+        seen.append(torch.serialization.get_crc32_options())
+        if problem:
+            raise problem
+        write(*arguments)
+
+    seen, write = [], torch.save
+    loaded, optimizer = trained()
+    monkeypatch.setattr(torch, "save", saving)
+    with pytest.raises(CheckpointError, match="disk full") if problem else nullcontext():
+        save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **PARTS)
+    assert seen == [False]
+    assert torch.serialization.get_crc32_options() == crc32
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_policy_gone_wrong_does_not_take_the_place_of_a_good_one(tmp_path, value):
     loaded, optimizer = trained()
@@ -195,7 +247,9 @@ def flip(path: Path, place: float) -> None:
         (lambda at: (at / "model.safetensors").write_bytes(b"{}"), "damaged"),
         (lambda at: flip(at / "model.safetensors", 0.7), "checksum of the policy"),
         (lambda at: (at / "optimizer.pt").write_bytes(b"PK\x03\x04"), "damaged"),
-        (lambda at: flip(at / "optimizer.pt", 0.5), "damaged"),
+        (lambda at: flip(at / "optimizer.pt", 0.1), "checksum of the optimizer"),
+        (lambda at: flip(at / "optimizer.pt", 0.5), "checksum of the optimizer"),
+        (lambda at: flip(at / "optimizer.pt", 0.9), "checksum of the optimizer"),
     ],
 )
 def test_damage_is_told(sound, tmp_path, damage, told):

@@ -7,6 +7,7 @@ A death is played in this process: nothing is cleaned up after it, as nothing is
 import dataclasses
 import gc
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -357,7 +358,7 @@ def test_a_dry_run_shows_what_it_takes_and_leaves_nothing(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main.main(["--dry-run"])
         assert stop.value.code == 2
-        assert "takes a CUDA GPU with 108 GiB free" in capsys.readouterr().out
+        assert "takes a CUDA GPU with 104 GiB free" in capsys.readouterr().out
 
 
 # --- numbers and memory -------------------------------------------------------------------
@@ -413,7 +414,7 @@ def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
     told = pytest.warns(UserWarning, match="out of memory: done again, .* --micro-batch 1 and")
     with told, pytest.raises(SystemExit) as stop:
         start(tmp_path, "full", "--micro-batch", "2")
-    assert "--micro-batch 1 --checkpoint-layers 4, --max-new-tokens, --group" in stop.value.code
+    assert re.search(r"out of GPU memory\. What takes a tenth less: --[a-z-]+ \w+", stop.value.code)
     lines = faults.curves(tmp_path / "full")["metrics"]
     assert [line["micro_batch"] for line in lines] == [2, 1, 1]
 
@@ -434,10 +435,11 @@ def test_hostile_completions_are_judged_and_logged():
         faults.judge(completion)
 
 
-def test_a_worker_that_fails_is_told():
+def test_a_loader_that_fails_is_told_without_advice_that_may_be_wrong():
     def batches():
         raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly\nmore of it")
         yield
 
-    with pytest.raises(health.Unhealthy, match="exited unexpectedly; with --workers 0"):
+    message = r"the next plots could not be had: .* exited unexpectedly$"
+    with pytest.raises(health.Unhealthy, match=message):
         main.next_batch(batches())

@@ -1,15 +1,43 @@
 """memory.py: the foreseen sizes are those of the tensors that a run makes."""
 
+import copy
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import TINY, config_of, make_prompts
+from pretended_gpu import FAST_FORMS, PretendedGPU, reserved_bytes
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from main import make_optimizer, make_sampler, work_of
-from memory import EXACT, LORA_RANK, Work, cache_bytes, estimate, table, what_would_fit
-from policy import GIB, load, trainable
-from scoring import activation_bytes
+import fastpath
+import sampling
+import scoring
+from grpo import Passes
+from main import make_optimizer, make_sampler, take_step, work_of
+from memory import (
+    LORA_RANK,
+    Estimate,
+    Work,
+    at_least,
+    cache_bytes,
+    estimate,
+    held,
+    table,
+    trained_bytes,
+    what_would_fit,
+)
+from policy import (
+    GIB,
+    Loaded,
+    Prompts,
+    add_adapter,
+    load,
+    shape_config,
+    trainable,
+    use_own_attention,
+)
+from shapes import make_example
 
 DEFAULT = Work(
     model="Qwen/Qwen2.5-VL-7B-Instruct",
@@ -32,38 +60,43 @@ def bytes_of(tensors) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_gradients_optimizer_and_reference_are_exact(dtype):
     config = config_of("--preset", "tiny", "--device", "cpu", "--dtype", dtype)
-    sizes = estimate(work_of(config), free=None)
+    sizes = held(work_of(config))
     loaded = load(TINY, device="cpu", dtype=dtype, reference=True)
     optimizer = make_optimizer(config, loaded.policy)
     for parameter in loaded.policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    assert sizes["gradients"] == bytes_of(p.grad for p in loaded.policy.parameters())
+    gradients = bytes_of(p.grad for p in loaded.policy.parameters())
+    assert trained_bytes(work_of(config)) == gradients
     optimizer.step()
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]
     assert sizes["optimizer"] == bytes_of(tensor for tensor in states if tensor is not None)
     assert sizes["weights"] == bytes_of(loaded.policy.parameters())
     assert sizes["reference"] == bytes_of(loaded.reference.parameters())
-    assert estimate(replace(work_of(config), reference=False), free=None)["reference"] == 0
+    assert held(replace(work_of(config), reference=False))["reference"] == 0
+    assert at_least(work_of(config)) == sum(sizes.values()) + gradients
 
 
 @pytest.mark.parametrize("flags", [["--lora-rank", "4"], ["--freeze-vision"]])
 def test_what_is_not_trained_takes_its_weights_only(flags):
     config = config_of("--preset", "tiny", "--device", "cpu", *flags)
-    sizes = estimate(work_of(config), free=None)
+    work, sizes = work_of(config), held(work_of(config))
     options = {"lora_rank": config.lora_rank, "freeze_vision": config.freeze_vision}
     loaded = load(TINY, device="cpu", dtype="float32", reference=True, **options)
     moved = bytes_of(trainable(loaded.policy))
-    assert sizes["gradients"] == moved < sizes["weights"]
+    assert trained_bytes(work) == moved < sizes["weights"]
     assert sizes["optimizer"] == 2 * moved
     assert sizes["reference"] == (0 if config.lora_rank else sizes["weights"])
-    assert sizes["vision tower"] == 0
+    assert estimate(work, free=None).sizes["vision tower"] == 0
 
 
 def test_smaller_passes_do_not_shrink_what_the_vision_tower_keeps():
     """It sees a step's images at once, and keeps that until the last pass is done."""
     work = work_of(config_of("--preset", "tiny", "--device", "cpu"))
-    whole, parts = (estimate(replace(work, micro_batch=size), free=None) for size in (8, 1))
-    assert parts["vision tower"] == whole["vision tower"] > 0
+    whole, parts = (
+        estimate(replace(work, micro_batch=size), free=None).sizes["vision tower"]
+        for size in (8, 1)
+    )
+    assert parts == whole > 0
 
 
 def test_the_key_value_cache_is_that_of_the_sampler(processor):
@@ -82,41 +115,141 @@ def test_the_key_value_cache_is_that_of_the_sampler(processor):
 
 
 def test_the_default_run_by_hand():
-    """8.292 billion parameters, 2 bytes each; 28 layers of 4 heads of 128 for 32 rows of 776."""
-    sizes = estimate(DEFAULT, free=None)
-    weights = 2 * 8_292_166_656
-    assert sizes["weights"] == sizes["gradients"] == sizes["reference"] == weights
+    """8.292 billion parameters, 2 bytes each; 28 layers of 4 heads of 128 for 32 rows of 712."""
+    weights, sizes = 2 * 8_292_166_656, held(DEFAULT)
+    assert sizes["weights"] == sizes["reference"] == trained_bytes(DEFAULT) == weights
     assert sizes["optimizer"] == 3 * weights  # two moments and the compensation, bf16
-    assert sizes["key-value cache"] == 32 * 776 * 28 * 2 * 4 * 128 * 2
-    tokens = 4 * 264 + 32 * 512
-    layers = sizes["decoder layers, 28 of 28 checkpointed"]
-    assert layers == tokens * (28 * 3584 * 2 + 2 * (4 * 18_944 + 15 * 3584))
-    assert 100 * GIB < sum(sizes.values()) < 120 * GIB
-    assert sum(sizes[name] for name in EXACT) < sum(sizes.values())
+    assert sizes["key-value cache"] == 32 * 712 * 28 * 2 * 4 * 128 * 2
+    assert sum(sizes.values()) < at_least(DEFAULT) < estimate(DEFAULT, free=None).total
+
+
+# --- the peak, counted ----------------------------------------------------------------------
+
+RAGGED = [50 + round(200 * ((11 * row) % 32) / 31) for row in range(32)]  # mean 150, longest 250
+THREE = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def step_on_gpu(flags: list[str], *, gib: float, processes: int = 1, **lengths) -> PretendedGPU:
+    """Take a step at the true shape on a pretended GPU: all completions as long as they may be."""
+    config = replace(config_of(*flags), device="cuda", dtype="bfloat16")
+    lengths = {"length": config.max_new_tokens, **lengths}
+    with (
+        PretendedGPU(gib=gib, **lengths) as gpu,
+        mock.patch.dict(fastpath.VERDICTS, dict.fromkeys(FAST_FORMS, True)),
+        mock.patch.object(sampling, "FINISHED_CHECK_EVERY", 2),  # a token more takes no more memory
+    ):
+        loaded = random_model(config)
+        optimizer = make_optimizer(config, part_of(loaded.policy, processes))
+        for parameter in optimizer.param_groups[0]["params"]:  # as after the first step
+            optimizer._init_state(optimizer.param_groups[0], optimizer.state[parameter], parameter)
+        batch = [
+            make_example(config.spec, split="train", index=i, seed=0, image_size=56)
+            for i in range(config.prompts_per_step)
+        ]
+        batches = iter([(batch, true_prompts(config, loaded.policy))])
+        passes = Passes(config.micro_batch, config.layers_to_checkpoint)
+        gpu.reset_peak()
+        take_step(config, 0, batches, make_sampler(config, loaded), loaded, optimizer, passes)
+    return gpu
+
+
+def random_model(config) -> Loaded:
+    """The policy and its reference, made on the GPU: nothing is copied, nothing initialised."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        policy = Qwen2_5_VLForConditionalGeneration(shape_config(config.model)).eval()
+    torch.set_default_dtype(torch.float32)
+    policy.generation_config.eos_token_id = [151_645, 151_643]
+    use_own_attention(policy)
+    processor = AutoProcessor.from_pretrained(TINY)
+    if config.lora_rank:
+        adapter = add_adapter(policy, config.model, config.lora_rank, seed=0)
+        return Loaded(policy.to("cuda"), None, processor, adapter)
+    return Loaded(policy, copy.deepcopy(policy).requires_grad_(False), processor)
+
+
+def part_of(policy, processes: int) -> torch.nn.Module:
+    """What one of several processes updates: torch shares the parameters out by size."""
+    shares = {torch.nn.ParameterList(): 0 for _ in range(processes)}
+    for parameter in sorted(trainable(policy), key=torch.Tensor.numel, reverse=True):
+        least = min(shares, key=shares.get)
+        least.append(parameter)
+        shares[least] += parameter.numel()
+    return next(iter(shares))
+
+
+def true_prompts(config, policy) -> Prompts:
+    """Prompts of Qwen's length: 129 tokens of text, 64 of an image of 16 x 16 patches."""
+    count = config.prompts_per_step
+    ids = torch.randint(10, 400, (count, 129 + 64))
+    ids[:, 8:72] = policy.config.image_token_id
+    is_image = (ids == policy.config.image_token_id).long()
+    return Prompts(
+        ids, torch.randn(count, 256, 1176), is_image, torch.tensor([[1, 16, 16]] * count)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "gib", "processes"),
+    [
+        (["--checkpoint-layers", "28"], 140, 1),
+        (["--lora-rank", "32", "--micro-batch", "2"], 40, 1),
+        (["--model", THREE], 80, 1),
+        (["--prompts-per-step", "2"], 80, 4),
+    ],
+)
+def test_the_peak_of_a_step_is_foreseen(flags, gib, processes):
+    gpu = step_on_gpu(flags, gib=gib, processes=processes)
+    work = work_of(config_of(*flags, "--device", "cuda", "--dtype", "bfloat16"))
+    work = replace(work, processes=processes, prompts_per_step=work.prompts_per_step * processes)
+    found = estimate(work, free=int(gib * GIB))
+    outside = found.sizes["libraries"] + found.sizes["gaps between tensors"]
+    assert found.total - outside == pytest.approx(gpu.peak, rel=0.03)
+    reserved = reserved_bytes(gpu.history)
+    assert gpu.peak <= reserved <= gpu.peak + found.sizes["gaps between tensors"]
+
+
+def test_an_h200_keeps_all_layers_of_the_default_step(monkeypatch):
+    """4 x 8 completions of 150 tokens on average, the longest of 250: nothing runs again."""
+    chosen, choose = [], scoring.layers_to_checkpoint
+    monkeypatch.setattr(
+        scoring, "layers_to_checkpoint", lambda *sizes: chosen.append(choose(*sizes)) or chosen[-1]
+    )
+    gpu = step_on_gpu([], gib=139.8, length=250, lengths=RAGGED)
+    assert chosen == [0]
+    assert reserved_bytes(gpu.history) < (139.8 - gpu.context_gib) * GIB
 
 
 def test_layers_are_kept_as_far_as_memory_allows():
-    free = 139 * GIB
-    sizes = estimate(DEFAULT, free=free)
-    name = next(name for name in sizes if name.startswith("decoder layers"))
-    checkpointed = int(name.split()[2])
-    assert 0 < checkpointed < 28
-    assert sum(sizes.values()) <= free
-    per_layer = (4 * 264 + 32 * 512) * activation_bytes(DEFAULT.config.text_config, torch.bfloat16)
-    assert sum(sizes.values()) + per_layer > 0.85 * free - per_layer
-    asked = estimate(replace(DEFAULT, layers_to_checkpoint=5), free=free)
-    assert "decoder layers, 5 of 28 checkpointed" in asked
-    assert "decoder layers, 0 of 28 checkpointed" in estimate(DEFAULT, free=1000 * GIB)
+    found = estimate(DEFAULT, free=139 * GIB)
+    kept = kept_of(found)
+    assert 0 < kept < 28
+    assert found.total <= 139 * GIB < estimate(forced(DEFAULT, kept + 3), free=None).total
+    assert kept_of(estimate(forced(DEFAULT, 23), free=139 * GIB)) == 23
+    assert kept_of(estimate(DEFAULT, free=1000 * GIB)) == 28
 
 
-def test_smaller_passes_take_less():
-    whole, parts = (
-        sum(estimate(replace(DEFAULT, micro_batch=size), free=None).values()) for size in (4, 1)
-    )
-    assert parts < whole
+def kept_of(found) -> int:
+    """How many of 28 layers keep their activations."""
+    name = next(name for name in found.sizes if name.startswith("decoder layers"))
+    return 28 - int(name.split()[2])
 
 
-@pytest.mark.parametrize("gib", [104, 92, 60, 16])
+def forced(work: Work, kept: int) -> Work:
+    return replace(work, layers_to_checkpoint=28 - kept)
+
+
+def test_smaller_passes_take_less_unless_gradients_fill_what_they_leave():
+    """Of all weights, those of earlier passes are there when the log-probs' are made."""
+    adapters = replace(DEFAULT, lora_rank=LORA_RANK)
+    for work, less in ((adapters, True), (forced(DEFAULT, 28), True), (DEFAULT, False)):
+        whole, parts = (
+            estimate(replace(work, micro_batch=size), free=None).total for size in (4, 1)
+        )
+        assert (parts < whole) == less
+
+
+@pytest.mark.parametrize("gib", [102, 92, 60, 16])
 def test_what_would_fit_does(gib):
     flags = what_would_fit(DEFAULT, gib * GIB)
     changes = {
@@ -128,22 +261,26 @@ def test_what_would_fit_does(gib):
         "--beta": ("reference", lambda value: float(value) > 0),
     }
     words, work = flags.split(), DEFAULT
-    assert sum(estimate(work, free=None).values()) > gib * GIB
+    assert estimate(work, free=None).total > gib * GIB
     for flag, value in zip(words[::2], words[1::2], strict=True):
         name, read = changes[flag]
         work = replace(work, **{name: read(value)})
-    assert sum(estimate(work, free=None).values()) <= gib * GIB
+    assert estimate(work, free=None).total <= gib * GIB
 
 
 def test_what_would_fit_is_the_least():
-    assert what_would_fit(DEFAULT, 104 * GIB) == "--micro-batch 1"
+    assert what_would_fit(DEFAULT, 102 * GIB) == "--max-new-tokens 256"
+    assert what_would_fit(DEFAULT, 98 * GIB) == "--beta 0"
+    adapters = replace(DEFAULT, lora_rank=LORA_RANK)
+    assert what_would_fit(adapters, 22 * GIB) == "--micro-batch 1"
     assert what_would_fit(DEFAULT, 60 * GIB) == f"--lora-rank {LORA_RANK}"
     assert what_would_fit(DEFAULT, 8 * GIB) is None
 
 
 def test_the_table_adds_up():
-    lines = table({"a": 3 * GIB, "b": GIB // 2}).splitlines()
+    lines = table(Estimate("of the tower", {"a": 3 * GIB, "b": GIB // 2})).splitlines()
     assert [line.split() for line in lines] == [
+        ["at", "the", "gradient", "of", "the", "tower:"],
         ["a", "3.00", "GiB"],
         ["b", "0.50", "GiB"],
         ["total", "3.50", "GiB"],

@@ -1,22 +1,30 @@
-"""parallel.py: two processes make the gradients of one, and go on with each other's runs.
+"""Two processes make the gradients of one, save and fail together, and go on with its runs.
 
 Run as a program, by torchrun, this file is what the two processes do.
 """
 
+import faulthandler
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import TINY, config_of
+from test_checkpoint import PARTS, fresh, trained, update
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
+import checkpoint
 import grpo
 import main
-from checkpoint import checkpoints_of
-from memory import estimate
+from checkpoint import CheckpointError, checkpoints_of
+from memory import estimate, held
 from parallel import process_index
 from policy import load
 from runlog import read_lines
@@ -25,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--preset tiny --device cpu --prompts-per-step 4 --group-size 2 --image-size 84"
 FLAGS += " --max-new-tokens 24 --eval-every 2 --eval-examples 3 --save-every 2"
 TIMED = ("_s", "peak_gib")  # ends of the names of values that are never the same
+FAILURES = [(0, checkpoint, "check_room"), (1, torch, "save"), (0, checkpoint, "put_in_place")]
 RUNS = {"full": ["--sync-reference-every", "3"], "adapter": ["--lora-rank", "2", "--lr", "1e-3"]}
 
 
@@ -69,12 +78,54 @@ def start(runs: Path, name: str, kind: str, steps: int) -> None:
     main.main([*flags, "--runs", str(runs), "--name", name])
 
 
+def save(folder: Path, name: str, loaded, optimizer, *, steps_done: int = 2) -> None:
+    (folder / name).mkdir(exist_ok=True)
+    checkpoint.save(folder / name, loaded, optimizer, steps_done=steps_done, keep=1, **PARTS)
+
+
+def restored(folder: Path, name: str):
+    state = fresh("bfloat16")
+    assert checkpoint.restore(checkpoints_of(folder / name)[-1], *state) == 2
+    return state
+
+
+def own_states(loaded, optimizer) -> dict[str, dict]:
+    """A copy of the optimizer's state of each parameter that this process updates."""
+    states = getattr(optimizer, "optim", optimizer).state
+    names = {parameter: name for name, parameter in loaded.policy.named_parameters()}
+    return {names[parameter]: deepcopy(state) for parameter, state in states.items()}
+
+
+def save_and_restore(folder: Path) -> dict:
+    """Save a state, fail to save the next, and go on from the first and from one of one process."""
+    loaded, optimizer = trained("bfloat16")
+    save(folder, "by-two", loaded, optimizer)
+    saved, told = own_states(loaded, optimizer), []
+    for number, owner, name in FAILURES:
+        problem = mock.patch.object(owner, name, side_effect=OSError(f"cannot {name}"))
+        with problem if process_index() == number else nullcontext():
+            try:
+                save(folder, "by-two", loaded, optimizer, steps_done=3)
+            except CheckpointError as error:
+                told.append(str(error))
+    results = {"told": told, "saved": saved}
+    for name in ("by-two", "by-one"):
+        again, other = restored(folder, name)
+        results[name] = own_states(again, other)
+        results[f"{name}, copies"] = len(other.state)
+        update(again, other, torch.Generator().manual_seed(7))
+        results[f"{name}, after an update"] = list(again.policy.parameters())
+    return results
+
+
 def work(folder: Path) -> None:
-    """Make a step with each loss, begin a run, and go on with one that a single process began."""
+    """Make a step with each loss, save and restore, begin a run, go on with one of one process."""
+    faulthandler.dump_traceback_later(300, exit=True)  # who waits for the other in vain, and where
     torch.set_num_threads(1)
     main.join(on_cpu=True)
-    steps = {loss: one_step(loss) for loss in grpo.LOSSES}
-    torch.save(steps, folder / f"steps-{process_index()}.pt")
+    results = {loss: one_step(loss) for loss in grpo.LOSSES}
+    results |= save_and_restore(folder)
+    torch.save(results, folder / f"results-{process_index()}.pt")
     start(folder, "two-one", "full", 2)
     main.main(["--resume", str(folder / "one-two"), "--steps", "4"])
 
@@ -89,6 +140,7 @@ def folder(tmp_path_factory) -> Path:
     for kind in RUNS:
         start(folder, kind, kind, 4)
     start(folder, "one-two", "adapter", 2)
+    save(folder, "by-one", *trained("bfloat16"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "--standalone", __file__, str(folder)],
@@ -101,6 +153,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def results(folder) -> list[dict]:
+    """What each of the two processes has to show."""
+    return [torch.load(folder / f"results-{i}.pt", weights_only=False) for i in range(2)]
+
+
 def assert_close(line: dict, other: dict, tolerance: float) -> None:
     assert line["not_finite"] == other["not_finite"] == ""
     for key in line.keys() - {"not_finite"}:
@@ -109,11 +167,9 @@ def assert_close(line: dict, other: dict, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("loss", grpo.LOSSES)
-def test_two_processes_make_the_gradients_of_one(folder, loss):
+def test_two_processes_make_the_gradients_of_one(results, loss):
     alone = one_step(loss)
-    first, second = (
-        torch.load(folder / f"steps-{number}.pt", weights_only=False)[loss] for number in (0, 1)
-    )
+    first, second = (each[loss] for each in results)
     assert first["indices"] + second["indices"] == alone["indices"] == [12, 13, 14, 15]
     for one, other, whole in zip(*(x["gradients"] for x in (first, second, alone)), strict=True):
         assert torch.equal(one, other)
@@ -136,6 +192,53 @@ def test_runs_go_on_with_another_number_of_processes(folder, name, kind):
     assert (folder / name / "final").is_dir()
 
 
+def test_each_process_saves_its_share_of_the_optimizer(folder):
+    files = sorted(checkpoints_of(folder / "by-two")[-1].glob("optimizer*"))
+    assert [path.name for path in files] == ["optimizer-1-of-2.pt", "optimizer-2-of-2.pt"]
+    first, second = (torch.load(path, weights_only=True)["state"] for path in files)
+    assert sorted([*first, *second]) == list(range(len(trained()[1].param_groups[0]["params"])))
+    sizes = [path.stat().st_size for path in files]
+    assert max(sizes) < 0.55 * sum(sizes)
+
+
+@pytest.mark.parametrize("name", ["by-one", "by-two"])
+def test_one_process_and_two_restore_the_same_moments(folder, results, name):
+    """Bit for bit, what two have saved and what one has; and then go on as if never saved."""
+    saved = results[0]["saved"] | results[1]["saved"]
+    assert len(saved) == len(results[0]["saved"]) + len(results[1]["saved"])
+    again, other = restored(folder, name)
+    for found in (results[0][name] | results[1][name], own_states(again, other)):
+        assert found.keys() == saved.keys()
+        for parameter, state in found.items():
+            assert state.keys() == {"exp_avg", "exp_avg_sq", "kahan_comp"}
+            assert all(torch.equal(state[key], saved[parameter][key]) for key in state)
+    never_saved = trained("bfloat16")
+    for state in (never_saved, (again, other)):
+        update(*state, torch.Generator().manual_seed(7))
+    expected = list(never_saved[0].policy.parameters())
+    assert all(map(torch.equal, again.policy.parameters(), expected))
+    for each in results:
+        assert all(map(torch.equal, each[f"{name}, after an update"], expected))
+        assert each[f"{name}, copies"] == 0
+
+
+def test_a_process_that_cannot_write_is_told_to_all(folder, results):
+    told = [f"cannot {name}" for _, _, name in FAILURES]
+    assert [each["told"] for each in results] == [told, told]
+    left = [path.name for path in (folder / "by-two" / "checkpoints").iterdir()]
+    assert left == ["step-000002"]  # and whole: it is restored in other tests
+
+
+def test_a_share_that_is_gone_is_told(folder, tmp_path):
+    damaged = Path(shutil.copytree(checkpoints_of(folder / "by-two")[-1], tmp_path / "damaged"))
+    (damaged / "optimizer-2-of-2.pt").unlink()
+    assert checkpoint.has_optimizer(damaged)
+    with pytest.raises(CheckpointError, match=r"damaged: .*optimizer-2-of-2\.pt"):
+        checkpoint.restore(damaged, *fresh("bfloat16"))
+    (damaged / "optimizer-1-of-2.pt").unlink()
+    assert not checkpoint.has_optimizer(damaged)
+
+
 def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch):
     monkeypatch.setattr(main, "process_count", lambda: 3)
     config = config_of(*FLAGS.split())
@@ -145,13 +248,16 @@ def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch):
 
 def test_processes_share_prompts_and_optimizer_in_the_memory_table():
     work = main.work_of(config_of("--prompts-per-step", "8", "--micro-batch", "8"))
-    alone, shared = (estimate(replace(work, processes=count), free=None) for count in (1, 4))
-    for name, size in alone.items():
-        if name in ("optimizer", "key-value cache", "vision tower"):
-            assert shared[name] == size // 4
-        elif name in ("weights", "gradients", "reference"):
-            assert shared[name] == size
+    alone, shared = (replace(work, processes=count) for count in (1, 4))
+    for name, size in held(alone).items():
+        assert held(shared)[name] == (
+            size // 4 if name in ("optimizer", "key-value cache") else size
+        )
+    whole, part = (estimate(each, free=None).sizes["vision tower"] for each in (alone, shared))
+    assert part == whole // 4
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    gathered = AssertionError("the whole state in one process")
+    with mock.patch.object(ZeroRedundancyOptimizer, "consolidate_state_dict", side_effect=gathered):
+        work(Path(sys.argv[1]))

@@ -19,7 +19,7 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "fastpath": set(),
     "attention": {"fastpath"},
     "policy": {"attention"},
-    "sampling": {"policy", "fastpath", "parallel"},
+    "sampling": {"policy", "attention", "fastpath", "parallel"},
     "scoring": {"policy", "attention", "fastpath"},
     "grpo": {"policy", "sampling", "scoring", "parallel"},
     "checkpoint": {"policy", "parallel"},
@@ -27,12 +27,13 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "memory": {"policy", "scoring"},
     "evaluate": {
         *("policy", "sampling", "rewards", "shapes", "runlog", "checkpoint", "parallel"),
+        "fastpath",
     },
-    "cold_start": {"policy", "scoring", "rewards", "shapes"},
+    "cold_start": {"policy", "scoring", "rewards", "shapes", "fastpath"},
     "config": {"grpo", "policy", "rewards", "runlog", "shapes"},
     "main": {
         *("config", "grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"),
-        *("checkpoint", "health", "memory", "parallel"),
+        *("checkpoint", "health", "memory", "parallel", "fastpath"),
     },
 }
 

@@ -1,0 +1,572 @@
+"""A GPU that computes nothing: its tensors have shapes, strides and dtypes, and no values.
+
+Within `PretendedGPU()` the code that a GPU runs is run to its end, on any machine and at any size:
+what stays on the host is computed, what goes to device cuda is a tensor on torch's meta device that
+says it is elsewhere. Noted are
+
+    reads      where the host waits for a value of the device, with the line of the project
+    allocated  bytes on the device, now and at the peak, with what kernels take for themselves
+
+and refused is what a GPU refuses: tensors of both sides in one operation, a batch that cannot be
+pinned, a read while a CUDA graph is recorded. Sources of what a GPU does stand beside each.
+"""
+
+import sys
+import weakref
+from bisect import bisect_left, insort
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from linecache import getline
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import optimi
+import peft.peft_model
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.clip_grad
+from torch.overrides import TorchFunctionMode
+from torch.utils._foreach_utils import _foreach_supported_types
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import attention
+import fastpath
+import sampling
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+META, GPU = torch.device("meta"), torch.device("cuda", 0)
+aten = torch.ops.aten
+READS_A_SHAPE = {  # operators that must know values to know the shape of their result
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+}
+FAST_FORMS = {  # all that is checked before it is trusted
+    sampling.COMPILED,
+    sampling.RECORDED,
+    attention.FLASH,
+    attention.DECODING,
+    fastpath.FP32_OUTPUT,
+    fastpath.TRITON,
+}
+TRANSFERS = {aten.copy_.default, aten._to_copy.default}
+
+
+class DeviceTensor(torch.Tensor):
+    """A meta tensor that says it is on the GPU, except to the kernels that work out its shape."""
+
+    in_kernel = False
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, meta: torch.Tensor) -> "DeviceTensor":
+        return torch.Tensor._make_subclass(cls, meta, meta.requires_grad)
+
+    @property
+    def device(self) -> torch.device:
+        return META if DeviceTensor.in_kernel else GPU
+
+    @property
+    def is_cuda(self) -> bool:
+        return not DeviceTensor.in_kernel
+
+    @property
+    def is_meta(self) -> bool:
+        return DeviceTensor.in_kernel
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError("a tensor of the pretended GPU outlived it")
+
+
+@dataclass
+class PretendedGPU:
+    """A context manager: within it device cuda is there, with so many GiB.
+
+    What the host reads is `length`, 0.0 or True; False where rows are asked whether they have
+    all finished, unless `rows_finish`.
+    """
+
+    gib: float = 140
+    context_gib: float = 1.0  # what the CUDA context and its libraries take
+    rows_finish: bool = True
+    length: int = 7  # what integers are read as
+    lengths: list[int] = field(default_factory=list)  # and a row of so many of them
+    reads: Counter = field(default_factory=Counter)  # (file, statement) -> times
+    allocated: int = 0
+    peak: int = 0
+    live: dict = field(default_factory=dict)  # storage -> (bytes, number, note)
+    at_peak: dict = field(default_factory=dict)  # what was live then
+    history: list = field(default_factory=list)  # (number, bytes): made; (-number, bytes): freed
+    recording: bool = False
+    note: str = ""  # a name for what is allocated from here on
+    wants_meta: bool = False
+
+    def __enter__(self) -> "PretendedGPU":
+        self.stack = ExitStack()
+        for patch in patches(self):
+            self.stack.enter_context(patch)
+        self.stack.enter_context(FunctionMode(self))
+        self.stack.enter_context(DispatchMode(self))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stack.close()
+
+    # --- what is asked --------------------------------------------------------------------
+
+    def free(self, device=None) -> tuple[int, int]:
+        """As torch.cuda.mem_get_info."""
+        total = int(self.gib * GIB)
+        return total - int(self.context_gib * GIB) - self.allocated, total
+
+    def reset_peak(self, device=None) -> None:
+        self.peak, self.at_peak = self.allocated, {}
+
+    def unmarked_reads(self) -> list[str]:
+        """The project's statements that read from the device and do not say so."""
+        return [text for _, text in self.reads if "host sync" not in text]
+
+    # --- what is noted --------------------------------------------------------------------
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """The host has asked for values."""
+        if self.recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.reads[statement()] += 1
+
+    def value(self, tensor: torch.Tensor) -> bool | int | float:
+        if tensor.dtype == torch.bool:
+            return self.rows_finish or "finished.all()" not in statement()[1]
+        return 0.0 if tensor.dtype.is_floating_point else self.length
+
+    def values(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What the host gets of a tensor, in one of its own."""
+        dtype = dtype or tensor.dtype
+        integers = not (dtype.is_floating_point or dtype == torch.bool)
+        if integers and tensor.shape == (len(self.lengths),):
+            return torch.tensor(self.lengths, dtype=dtype)
+        return torch.full(tuple(tensor.shape), self.length * integers, dtype=dtype)
+
+    def on_host(self, thing):
+        """The same with all tensors on the host, for what writes files."""
+        return tree_map(lambda x: self.values(x) if isinstance(x, DeviceTensor) else x, thing)
+
+    def hold(self, tensor: "DeviceTensor") -> None:
+        """Count the memory of a new tensor until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.live:
+            return
+        number = len(self.history) + 1
+        self.live[key] = (size, number, self.note)
+        self.history.append((number, size))
+        self.allocated += size
+        self.raise_peak(self.allocated)
+        weakref.finalize(storage, self.release, key, number)
+
+    def release(self, key: int, number: int) -> None:
+        size, held, _ = self.live.get(key, (0, 0, ""))
+        if held == number:
+            del self.live[key]
+            self.allocated -= size
+            self.history.append((-number, size))
+
+    def pass_by(self, size: int) -> None:
+        """Count what a kernel takes for itself while it runs."""
+        number = len(self.history) + 1
+        self.history += [(number, size), (-number, size)]
+        self.raise_peak(self.allocated + size)
+
+    def raise_peak(self, level: int) -> None:
+        if level > self.peak:
+            if level > 1.005 * self.peak:
+                self.at_peak = Counter()
+                for size, _, note in self.live.values():
+                    self.at_peak[note] += size
+            self.peak = level
+
+
+# --- how it is done ---------------------------------------------------------------------------
+
+
+class FunctionMode(TorchFunctionMode):
+    """Sends what asks for device cuda to meta."""
+
+    def __init__(self, gpu: PretendedGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        wanted = kwargs.get("device")
+        if func is torch.Tensor.cuda:
+            func, args = torch.Tensor.to, (args[0], GPU)
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], (str, torch.device)):
+            args = (args[0], elsewhere(args[1]), *args[2:])
+        if isinstance(wanted, (str, torch.device)):
+            kwargs["device"] = elsewhere(wanted)
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META != wanted:
+            return func(*args, **kwargs | {"device": "cpu"}).to(META)  # values: made on the host
+        before = self.gpu.wants_meta
+        self.gpu.wants_meta = wanted is not None and torch.device(wanted).type == "meta"
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.gpu.wants_meta = before
+
+
+def elsewhere(device: str | torch.device) -> torch.device:
+    """Meta for the GPU, itself for any other."""
+    device = torch.device(device)
+    return META if device.type == "cuda" else device
+
+
+class DispatchMode(TorchDispatchMode):
+    """Runs operators on shapes if they are the GPU's, on values if they are the host's."""
+
+    def __init__(self, gpu: PretendedGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = tensors_in(args) + tensors_in(kwargs.values())
+        if any(isinstance(tensor, DeviceTensor) for tensor in tensors):
+            return self.on_device(func, tensors, args, kwargs)
+        device = kwargs.get("device")
+        if device is not None and device.type == "meta" and not self.gpu.wants_meta:
+            if func is aten._to_copy.default:  # from the host
+                return self.kept(torch.empty_like(args[0], dtype=kwargs.get("dtype"), device=META))
+            return self.kept(func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def on_device(self, func, tensors, args, kwargs):
+        on_host = [t for t in tensors if not isinstance(t, DeviceTensor) and t.dim() > 0]
+        if on_host and func not in TRANSFERS:
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device")
+        if func is aten._local_scalar_dense.default:
+            self.gpu.read(args[0])
+            return self.gpu.value(args[0])
+        if func in READS_A_SHAPE or (func is aten.index.Tensor and has_mask(args[1])):
+            raise RuntimeError(f"{func} on the device: its shape depends on values")
+        if func is aten.equal.default:
+            self.gpu.read(args[0])
+            return True
+        device = kwargs.get("device")
+        if device is not None and device.type == "cpu":
+            self.gpu.read(args[0])
+            return self.gpu.values(args[0], kwargs.get("dtype"))
+        if func is aten.copy_.default and on_host:
+            if not isinstance(args[0], DeviceTensor):
+                self.gpu.read(args[1])
+            return args[0]
+        out = of_shape(func, args, kwargs, tensors)
+        if hidden := hidden_bytes(func, args):
+            self.gpu.pass_by(hidden)
+        return self.kept(out)
+
+    def kept(self, out):
+        """Results as tensors of the GPU, their memory counted."""
+
+        if isinstance(out, (list, tuple)):
+            return type(out)(self.kept(each) for each in out)
+        if isinstance(out, torch.Tensor):
+            out = out if isinstance(out, DeviceTensor) else DeviceTensor(out)
+            self.gpu.hold(out)
+        return out
+
+
+SHAPES = {}  # operator and what its arguments look like -> what its results look like
+
+
+class Look(NamedTuple):
+    """All that a kernel's result has on the meta device."""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def of_shape(func, args, kwargs, tensors):
+    """The results of an operator on meta tensors: what a model's layers ask for again and again is
+    worked out once."""
+    key = None
+    if not (func.is_view or func._schema.is_mutable):
+        key = (func, looks(args), looks(kwargs.values()))
+        if key in SHAPES:
+            return made(SHAPES[key])
+    with torch._C._DisableTorchDispatch(), shown_as_meta():
+        out = func(*args, **kwargs)
+    if key and is_new_memory(out, tensors):
+        SHAPES[key] = looks([out])[0]
+    return out
+
+
+def is_new_memory(out, tensors) -> bool:
+    """Whether all results are tensors, and none shares memory with an argument."""
+    results = out if isinstance(out, (tuple, list)) else (out,)
+    known = {tensor.untyped_storage()._cdata for tensor in tensors}
+    return all(
+        isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known for x in results
+    )
+
+
+def looks(arguments) -> tuple:
+    """Each argument with its type, or else 1 and True were one; of tensors what matters."""
+    return tuple(
+        Look(tuple(x.shape), x.stride(), x.dtype)
+        if isinstance(x, torch.Tensor)
+        else looks(x)
+        if isinstance(x, (list, tuple))
+        else (type(x), x)
+        for x in arguments
+    )
+
+
+def made(look):
+    """Meta tensors that look like that."""
+    if isinstance(look, Look):
+        return torch.empty_strided(look.size, look.strides, dtype=look.dtype, device=META)
+    return tuple(made(each) for each in look)
+
+
+@contextmanager
+def shown_as_meta():
+    DeviceTensor.in_kernel = True
+    try:
+        yield
+    finally:
+        DeviceTensor.in_kernel = False
+
+
+def tensors_in(arguments) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments, also those in its lists."""
+    found = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += tensors_in(argument)
+    return found
+
+
+def has_mask(indices) -> bool:
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+
+
+def statement() -> tuple[str, str]:
+    """File and text of the project's innermost statement that is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and path != Path(__file__):
+            first, last = lines_of(frame)
+            return path.name, "".join(getline(str(path), n) for n in range(first, last + 1)).strip()
+        frame = frame.f_back
+    return "", ""
+
+
+def lines_of(frame) -> tuple[int, int]:
+    positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+    return positions[0], positions[1]
+
+
+class LowerRight(tuple):
+    """In place of torch.nn.attention.bias.CausalBias: a mask by name, (C, P + C)."""
+
+
+def attend(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
+    """The kernel that torch picks on a GPU without cuDNN's: aten's sdp_utils.cpp.
+
+    Flash attention without a mask, and with the lower-right one that torch knows by name; with any
+    other mask the memory-efficient kernel, which knows no shared key heads.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    inputs, causal = (query, key, value), is_causal or isinstance(attn_mask, LowerRight)
+    if attn_mask is None or isinstance(attn_mask, LowerRight):
+        return aten._scaled_dot_product_flash_attention(*inputs, 0.0, causal, scale=scale)[0]
+    if key.shape[1] != query.shape[1]:
+        raise RuntimeError("a mask and shared key heads: torch would write out all scores")
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+    attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    with_gradient = torch.is_grad_enabled()
+    efficient = aten._scaled_dot_product_efficient_attention
+    return efficient(*inputs, attn_mask, with_gradient, scale=scale)[0]
+
+
+def hidden_bytes(func, args) -> int:
+    """What a kernel allocates beside its results.
+
+    logsumexp makes `self - max` and its exponentials (ReduceOps.cpp). Flash attention sums the
+    gradient of the queries in fp32, rows rounded up to 128, and has keys' and values' gradients for
+    all query heads before it adds those that share one (flash_api.cpp, mha_bwd).
+    """
+    if func is aten.logsumexp.default:
+        return 2 * args[0].numel() * args[0].element_size()
+    if func is aten._scaled_dot_product_flash_attention_backward.default:
+        rows, heads, tokens, size = args[1].shape
+        total = 4 * rows * heads * -(-tokens // 128) * 128 * size
+        if args[2].shape[1] != heads:
+            total += 2 * args[2].element_size() * rows * heads * args[2].shape[2] * size
+        return total
+    return 0
+
+
+# --- torch.cuda, and what cannot run without a GPU --------------------------------------------
+
+
+def patches(gpu: PretendedGPU) -> list:
+    """All of torch that is another one while there is a pretended GPU."""
+    cuda = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda *_: f"pretended GPU with {gpu.gib:.0f} GiB",
+        "mem_get_info": gpu.free,
+        "memory_allocated": lambda *_: gpu.allocated,
+        "memory_reserved": lambda *_: gpu.allocated,
+        "max_memory_allocated": lambda *_: gpu.peak,
+        "reset_peak_memory_stats": gpu.reset_peak,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "current_stream": lambda *_: "the main stream",
+        "set_stream": lambda stream: None,
+        "graph_pool_handle": lambda: (0, 1),
+        "CUDAGraph": Graph,
+        "graph": lambda graph, **options: recording(gpu),
+    }
+    accelerator = {
+        "is_available": lambda: True,
+        "current_accelerator": lambda *_, **__: torch.device("cuda"),
+        "current_device_index": lambda: 0,
+        "set_device_index": lambda index: None,
+    }
+    stock_save, save_file = torch.save, peft.peft_model.safe_save_file
+    save_pretrained = Qwen2_5_VLForConditionalGeneration.save_pretrained
+    adam, stock_attention = sys.modules["optimi.adam"], F.scaled_dot_product_attention
+
+    def attention_of(query, *arguments, **options):
+        return (attend if query.is_cuda else stock_attention)(query, *arguments, **options)
+
+    return [
+        # Module.to changes parameters as it does between CPU and GPU: tied ones stay tied
+        mock.patch.object(torch.__future__, "_swap_module_params_on_conversion", True),
+        mock.patch.object(F, "scaled_dot_product_attention", attention_of),
+        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.multiple(torch.accelerator, **accelerator),
+        mock.patch.object(torch.Tensor, "pin_memory", pin_memory),
+        mock.patch.object(torch, "Generator", HostGenerator),
+        mock.patch.object(torch, "compile", lambda function, **options: function),
+        mock.patch.object(attention, "causal_lower_right", lambda *shape: LowerRight(shape)),
+        mock.patch.object(torch.compiler, "reset", lambda: None),
+        mock.patch.object(
+            Qwen2_5_VLForConditionalGeneration,
+            "save_pretrained",
+            lambda m, folder: save_pretrained(m, folder, state_dict=gpu.on_host(m.state_dict())),
+        ),
+        mock.patch.object(torch, "save", lambda x, *a, **o: stock_save(gpu.on_host(x), *a, **o)),
+        mock.patch.object(
+            peft.peft_model, "safe_save_file", lambda x, *a, **o: save_file(gpu.on_host(x), *a, **o)
+        ),
+        mock.patch.object(adam, "_default_to_triton", lambda params: params[0].is_cuda),
+        mock.patch.object(adam, "_triton_adam", lambda params, *_, **__: None),
+        mock.patch.object(optimi.optimizer, "HAS_TRITON", True),
+        mock.patch.object(
+            torch.utils._foreach_utils,
+            "_foreach_supported_types",
+            _foreach_supported_types.append(DeviceTensor) or _foreach_supported_types,
+        ),
+    ]
+
+
+class Graph:
+    """A CUDA graph: replayed, it computes what it computed before, which here is nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+@contextmanager
+def recording(gpu: PretendedGPU):
+    gpu.recording = True
+    try:
+        yield
+    finally:
+        gpu.recording = False
+
+
+class HostGenerator(torch.Generator):
+    """Random numbers for any device: what they make on the GPU has no values."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
+
+
+def pin_memory(tensor: torch.Tensor, device=None) -> torch.Tensor:
+    """Pinned memory as aten's Memory.cpp makes it: a storage as large as the tensor's strides ask
+    for, to which the tensor is copied with these strides. A GPU is not needed to see it refuse."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in strides) if tensor.numel() else 0
+    storage = torch.UntypedStorage(elements * tensor.element_size())
+    pinned = torch.empty(0, dtype=tensor.dtype)
+    pinned.set_(storage, 0, tensor.shape, tensor.stride())
+    return pinned.copy_(tensor)
+
+
+def reserved_bytes(history: list[tuple[int, int]], *, page: int = 20 * 2**20) -> int:
+    """The most that torch's allocator takes of the GPU for such a history, with its option
+    expandable_segments: one range that grows by pages, best fit, neighbours merge when freed.
+
+    A list of (start, size) of what is free, by size; the range ends where the last block ends.
+    """
+    free, starts, ends, held, end = [], {}, {}, {}, 0  # starts, ends: of the free blocks
+
+    def put(start: int, size: int) -> None:
+        if start in ends:  # merge with the neighbour below
+            below = ends.pop(start)
+            take(below, start - below)
+            start, size = below, size + start - below
+        if start + size in starts:
+            above = starts[start + size]
+            take(start + size, above)
+            size += above
+        insort(free, (size, start))
+        starts[start], ends[start + size] = size, start
+
+    def take(start: int, size: int) -> None:
+        free.pop(bisect_left(free, (size, start)))
+        del starts[start]
+        ends.pop(start + size, None)
+
+    for number, size in history:
+        if number < 0:
+            put(*held.pop(-number))
+            continue
+        size = -(-max(size, 1) // 512) * 512
+        at = bisect_left(free, (size, -1))
+        if at == len(free):
+            tail = ends.get(end, end)  # the free block at the end grows
+            grown = -(-(size - (end - tail)) // page) * page
+            if tail < end:
+                take(tail, end - tail)
+            put(tail, end - tail + grown)
+            end += grown
+            at = bisect_left(free, (size, -1))
+        room, start = free[at]
+        take(start, room)
+        if room > size:
+            put(start + size, room - size)
+        held[number] = (start, size)
+    return end

@@ -1,0 +1,206 @@
+"""Everything that runs on a GPU, run to its end on a pretended one (pretended_gpu.py).
+
+Nothing is computed there. What is seen: that the host's side works, from the command line to the
+last file; that no tensor is on the wrong side; where, and how often, the host waits for the GPU.
+"""
+
+import json
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, config_of
+from pretended_gpu import FAST_FORMS, DeviceTensor, PretendedGPU, pin_memory
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    GenerationConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+import cold_start
+import evaluate
+import fastpath
+import main
+
+FLAGS = "--preset tiny --device cuda --steps 1 --prompts-per-step 2 --group-size 2 --image-size 56"
+FLAGS += " --max-new-tokens 20 --eval-every 0 --save-every 0 --sample-every 1000"
+RUNS = {
+    "defaults": [],
+    "no-reference": ["--beta", "0", "--checkpoint-layers", "2"],
+    "adapters": ["--lora-rank", "2", "--micro-batch", "1"],
+    "moving-reference": ["--sync-reference-every", "1", "--inner-epochs", "2"],
+    "frozen-tower": ["--freeze-vision", "--checkpoint-layers", "1"],
+    "two-workers": ["--workers", "2", "--steps", "2"],
+    "evaluated": ["--eval-every", "1", "--eval-examples", "3"],
+}
+
+
+def on_gpu(work, *arguments, **options) -> PretendedGPU:
+    """Do some work on a pretended GPU, on which nothing may be slower than it could be."""
+    fastpath.VERDICTS.clear()
+    with warnings.catch_warnings(), PretendedGPU(**options) as gpu:
+        warnings.filterwarnings("error", message="slower without")
+        work(list(arguments))
+    gpu.verdicts = dict(fastpath.VERDICTS)
+    fastpath.VERDICTS.clear()
+    return gpu
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """The FLAGS, with a model of two layers: where the host waits is the same with more."""
+    folder = tmp_path_factory.mktemp("model")
+    config = AutoConfig.from_pretrained(TINY)
+    config.text_config.update({"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    config.vision_config.update({"depth": 2, "fullatt_block_indexes": [1]})
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig.from_pretrained(TINY)
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(TINY).save_pretrained(folder)
+    return [*FLAGS.split(), "--model", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def runs(flags, tmp_path_factory) -> dict[str, PretendedGPU]:
+    """One short run with each of the RUNS' flags, in the folder `runs["folder"]`."""
+    folder = tmp_path_factory.mktemp("runs")
+    ran = {"folder": folder}
+    for name, more in RUNS.items():
+        ran[name] = on_gpu(main.main, *flags, "--runs", str(folder), "--name", name, *more)
+    return ran
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_reaches_its_end(runs, name):
+    assert (runs["folder"] / name / "final").is_dir()
+    assert runs[name].allocated == 0  # and nothing is left on the GPU
+    assert runs[name].verdicts == dict.fromkeys(FAST_FORMS, True)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_where_the_host_waits_the_line_says_so(runs, name):
+    assert runs[name].unmarked_reads() == []
+
+
+def test_how_often_the_host_waits_in_a_step(flags, tmp_path):
+    """By statement, in the second of two steps, when all forms have been checked."""
+    reads = []
+    for steps in ("1", "2"):
+        more = ["--runs", str(tmp_path), "--name", steps, "--steps", steps]
+        gpu = on_gpu(main.main, *flags, *more, rows_finish=False)
+        reads.append(gpu.reads)
+    of_a_step = Counter({text.splitlines()[0]: n for (_, text), n in (reads[1] - reads[0]).items()})
+    assert of_a_step == {
+        "if self.finished.all():  # host sync": 2,  # of 20 tokens, after 8 and 16
+        "lengths = mask.sum(1).tolist()  # host sync": 1,
+        "ids = completions.ids.tolist()  # host sync": 1,
+        "wrong += [name for name, number in numbers.items() if not number.isfinite()]"
+        "  # host sync": 2,
+        "numbers = {name: float(value) for name, value in {**stats, **gap}.items()}"
+        "  # host sync": 7,
+        'numbers["grad_norm"] = float(grad_norm)  # host sync': 1,
+        "truncated = everyone(rollout.truncated.tolist())  # host sync": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["adapters", "moving-reference"])
+def test_a_run_is_resumed(runs, name):
+    folder = runs["folder"] / name
+    gpu = on_gpu(main.main, "--resume", str(folder), "--steps", "2")
+    assert gpu.unmarked_reads() == []
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["evaluated", "adapters"])
+def test_a_run_is_evaluated(runs, name, tmp_path):
+    flags = ["--device", "cuda", "--examples", "3", "--batch-size", "2", "--max-new-tokens", "4"]
+    run, picture = str(runs["folder"] / name), str(tmp_path / "picture.png")
+    gpu = on_gpu(evaluate.main, run, *flags, "--plot", picture)
+    assert gpu.unmarked_reads() == []
+    assert Path(picture).exists()
+
+
+def test_a_model_is_warmed_up(flags, tmp_path):
+    some = ["--steps", "2", "--batch-size", "2", "--image-size", "56"]
+    gpu = on_gpu(cold_start.main, "--model", flags[-1], "--out", str(tmp_path / "warm"), *some)
+    assert gpu.unmarked_reads() == []
+    assert (tmp_path / "warm" / "model.safetensors").exists()
+
+
+# --- what is pretended --------------------------------------------------------------------
+
+
+def test_the_gpu_takes_tensors_and_gives_back_what_has_no_value():
+    with PretendedGPU() as gpu:
+        x = torch.ones(3, 4, device="cuda", requires_grad=True)
+        y = (x.to(torch.bfloat16) * torch.arange(4).to("cuda")).sum()
+        y.backward()
+        assert x.grad.device == torch.device("cuda", 0)
+        assert gpu.reads == {}
+        assert [y.item(), y.bool().item(), x.long()[0].tolist()] == [0.0, True, [7] * 4]
+        assert sum(gpu.reads.values()) == 3
+    assert not torch.ones(3).is_cuda
+    with pytest.raises(RuntimeError, match="outlived"):
+        x + 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x + torch.ones(4),
+        lambda x: torch.cat([x, torch.ones(1)]),
+        lambda x: x.index_select(0, torch.tensor([1])),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+    ],
+)
+def test_the_gpu_refuses_what_is_on_the_other_side_or_has_no_known_shape(wrong):
+    with PretendedGPU(), pytest.raises(RuntimeError, match=r"same device|depends on values"):
+        wrong(torch.ones(4, device="cuda"))
+
+
+def test_the_gpu_counts_what_is_alive():
+    with PretendedGPU(context_gib=0) as gpu:
+        x = torch.empty(256, 1024, device="cuda")  # 1 MiB
+        views = [x[:2], x.T, x.detach()]
+        assert gpu.allocated == 2**20
+        y = x + 1
+        assert torch.cuda.mem_get_info()[0] == 140 * 2**30 - 2 * 2**20
+        del x, y
+        assert (gpu.allocated, gpu.peak) == (2**20, 2 * 2**20)
+        del views
+        assert (gpu.allocated, gpu.peak) == (0, 2 * 2**20)
+
+
+def test_a_read_while_a_graph_is_recorded_is_refused():
+    with PretendedGPU():
+        x = torch.ones(4, device="cuda")
+        with (
+            pytest.raises(RuntimeError, match="when stream is capturing"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            x.sum().item()
+        assert isinstance(x + 1, DeviceTensor)
+
+
+# --- batches ------------------------------------------------------------------------------
+
+
+def test_all_that_a_loader_hands_over_can_be_pinned(processor):
+    """Each tensor of a step's batch, whether it is sent to the GPU today or not."""
+    lessons = cold_start.make_parser().parse_args(["--model", TINY, "--out", "-"])
+    config = config_of("--preset", "tiny", "--prompts-per-step", "3")
+    batch = main.Batches(config, processor)[0][1]
+    lesson, ids, _ = cold_start.Lessons(config.spec, processor, lessons)[0]
+    tensors = [x for prompts in (batch, lesson) for x in vars(prompts).values() if x is not None]
+    for tensor in [*tensors, ids]:
+        assert torch.equal(pin_memory(tensor), tensor)
+
+
+def test_pinning_refuses_memory_that_elements_share():
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pin_memory(torch.ones(1, 3).expand(2, -1))
