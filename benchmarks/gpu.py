@@ -1,20 +1,24 @@
-"""Checks and times every fast path at the true shape of Qwen2.5-VL-7B, with random weights.
+"""Checks and times every fast path at the true shape of Qwen2.5-VL, with random weights.
 
-    python benchmarks/gpu.py                 # on a GPU with 139 GiB
-    python benchmarks/gpu.py --device cpu    # the same code at toy size, in seconds: no numbers
+    python benchmarks/gpu.py                     # 7B, all weights: a GPU with 139 GiB
+    python benchmarks/gpu.py --run 7b-adapters   # 7B, LoRA adapters: 80 GB
+    python benchmarks/gpu.py --run 3b            # 3B, all weights: 80 GB
+    python benchmarks/gpu.py --device cpu        # the same code at toy size, in seconds: no numbers
 
 The work of a step: 4 plots of 224 x 224 pixels, 8 completions each, 150 tokens on average and 250
-at most. Floors are those of one H200 (4.3 TB/s read, 790 TFLOP/s bf16), reached if nothing but the
-weights had to be read and nothing but the matrix products computed.
+at most. A floor is the time of a phase if the card did nothing but read the weights and the filled
+key-value slots, or nothing but multiply matrices, at the rates that check 0 measures on it.
 """
 
 import argparse
 import copy
+import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,21 +32,40 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fastpath
-from attention import check_suffix_attention, lower_right, one_token_attention, suffix_attention
-from fastpath import check_matmul, matmul_fp32, relative_difference
+from attention import (
+    DECODING,
+    FLASH,
+    check_suffix_attention,
+    lower_right,
+    one_token_attention,
+    suffix_attention,
+)
+from checkpoint import save_share
+from config import Config
+from fastpath import check_matmul, matmul_fp32, prepare_gpu, relative_difference, trust_triton
 from grpo import Passes, Rollout, score_reference, update
-from policy import GIB, Prompts, embed_prompts, see, shape_config, use_own_attention
+from policy import (
+    GIB,
+    Loaded,
+    Prompts,
+    add_adapter,
+    embed_prompts,
+    see,
+    shape_config,
+    trainable,
+    trained_count,
+    use_own_attention,
+)
 from runlog import Stopwatch
-from sampling import Completions, Sampler, make_generator
+from sampling import COMPILED, RECORDED, Completions, Sampler, make_generator
 from scoring import completion_logprobs
 
-FLOORS_MS = {  # one H200, the step of the docstring
-    "prompts read, decoding": 29 + 880,
-    "reference": 116,
-    "policy, log-probs, clip, optimizer": 439 + 27 + 46,
-    "7. (of which the optimizer)": 46,
-}
-FLOOR_MS_A_TOKEN = 3.52
+TOKEN = "ms a token"  # a decoding step of all rows
+ROLLOUT = "images, prompts, decoding"
+REFERENCE = "reference"
+UPDATE = "policy, log-probs, their gradients"
+OPTIMIZER = "7. clip and AdamW"
+TEXT_TOKENS = 129  # of a prompt, with Qwen's vocabulary
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,19 @@ class Shape:
     limit: int  # --max-new-tokens
     prompts: int = 4
     group_size: int = 8
+    lora_rank: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        """P."""
+        return self.text_tokens + 64
+
+    @property
+    def lengths(self) -> list[int]:
+        """Ragged, with the shape's mean and maximum."""
+        low = 2 * self.mean - self.longest
+        spread = torch.linspace(low, self.longest, self.rows).long().tolist()
+        return [spread[(11 * row) % self.rows] for row in range(self.rows)]
 
     @property
     def rows(self) -> int:
@@ -63,9 +99,17 @@ class Shape:
         return self.prompts * self.group_size
 
 
-def true_shape() -> Shape:
-    """Return Qwen2.5-VL-7B and the default step."""
-    return Shape(shape_config("Qwen/Qwen2.5-VL-7B-Instruct"), 350, 250, 150, 512)
+RUNS = {  # model and rank of the adapters
+    "7b": ("Qwen/Qwen2.5-VL-7B-Instruct", 0),
+    "7b-adapters": ("Qwen/Qwen2.5-VL-7B-Instruct", 32),
+    "3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 0),
+}
+
+
+def true_shape(run: str) -> Shape:
+    """Return one of RUNS and the default step."""
+    model, rank = RUNS[run]
+    return Shape(shape_config(model), TEXT_TOKENS, 250, 150, 512, lora_rank=rank)
 
 
 def toy_shape() -> Shape:
@@ -97,6 +141,51 @@ def toy_shape() -> Shape:
     return Shape(config, 20, 10, 6, 16)
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a GPU can do at most."""
+
+    bytes_per_s: float  # read or written
+    flops_per_s: float  # bf16 products
+
+
+def floors_ms(shape: Shape, card: Card) -> dict[str, float]:
+    """Return the least time of each phase of a step, and of one decoding step."""
+    text, vision = shape.config.text_config, shape.config.vision_config
+    hidden, size = text.hidden_size, text.hidden_size // text.num_attention_heads
+    keys = text.num_key_value_heads * size
+    layer = 2 * hidden * (hidden + keys) + 3 * hidden * text.intermediate_size
+    layers, head = text.num_hidden_layers * layer, text.vocab_size * hidden
+    tower = vision.depth * vision.hidden_size
+    tower *= 4 * vision.hidden_size + 3 * vision.intermediate_size
+    tokens, patches = sum(shape.lengths), 256 * shape.prompts
+    packed, prompt = shape.prompts * shape.prompt_length + tokens, shape.prompt_length
+    pairs = shape.prompts * prompt**2 / 2 + sum(n * (prompt + n / 2) for n in shape.lengths)
+    attention = 2 * text.num_hidden_layers * hidden * pairs  # multiplications, as the others
+    forward = 2 * (layers * packed + attention + head * tokens + tower * patches)
+    # backward: products for the activations, and for weights if they are trained; logits anew
+    passes = 2 if shape.lora_rank else 3
+    update = 2 * (passes * layers * packed + 3 * attention + (passes + 1) * head * tokens)
+    update += 0 if shape.lora_rank else 2 * 2 * tower * patches  # forward: with the rollout
+    filled = shape.rows * (shape.prompt_length + shape.longest / 2)
+    token = 2 * (layers + head) + 2 * 2 * text.num_hidden_layers * keys * filled
+    prompts = 2 * (layers * shape.prompts * shape.prompt_length + tower * patches)
+    decoding = 1e3 * token / card.bytes_per_s
+    return {
+        TOKEN: decoding,
+        ROLLOUT: 1e3 * prompts / card.flops_per_s + (shape.longest - 1) * decoding,
+        REFERENCE: 1e3 * forward / card.flops_per_s,
+        UPDATE: 1e3 * update / card.flops_per_s,
+        # its norm is read once; AdamW reads five tensors and writes four
+        OPTIMIZER: 1e3 * (2 + 18) * trained_parameters(shape) / card.bytes_per_s,
+    }
+
+
+def trained_parameters(shape: Shape) -> int:
+    """Return how many parameters a step updates."""
+    return trained_count(shape.config, lora_rank=shape.lora_rank)
+
+
 class Bench:
     """A random model of some shape, its prompts, and how things are timed on its device."""
 
@@ -109,24 +198,22 @@ class Bench:
             ).eval()
         self.model.generation_config.eos_token_id = []  # completions as long as they are asked for
         use_own_attention(self.model)
-        self.prompts = self.make_prompts()
-        self.lengths = self.make_lengths()
+        adapter = None
+        if shape.lora_rank:
+            adapter = add_adapter(self.model, "random", shape.lora_rank, seed=0)
+            self.model.to(self.device)
+        self.loaded = Loaded(self.model, None, None, adapter)
+        self.prompts, self.lengths = self.make_prompts(), shape.lengths
+        self.card = Card(float("nan"), float("nan"))  # until check 0
 
     def make_prompts(self) -> Prompts:
         """Return prompts of random words around one image of 16 x 16 patches."""
         shape, image = self.shape, self.shape.config.image_token_id
-        ids = torch.randint(10, 500, (shape.prompts, shape.text_tokens + 64))
+        ids = torch.randint(10, 500, (shape.prompts, shape.prompt_length))
         ids[:, 8:72] = image
         patches = torch.randn(shape.prompts, 256, 1176, dtype=torch.bfloat16)
         grid = torch.tensor([[1, 16, 16]] * shape.prompts)
         return Prompts(ids, patches, (ids == image).long(), grid).to(self.device)
-
-    def make_lengths(self) -> list[int]:
-        """Return ragged lengths with the shape's mean and maximum."""
-        shape = self.shape
-        low = 2 * shape.mean - shape.longest
-        spread = torch.linspace(low, shape.longest, shape.rows).long().tolist()
-        return [spread[(11 * row) % shape.rows] for row in range(shape.rows)]
 
     def milliseconds(self, work: Callable[[], object], repeats: int = 5) -> float:
         """Return the median time of some work, after two runs to warm up."""
@@ -144,9 +231,9 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def floor(self, milliseconds: float) -> float | str:
-        """Return a floor where it applies: at the true shape, on a GPU."""
-        return milliseconds if self.device.type == "cuda" else "-"
+    def floor(self, name: str) -> float | str:
+        """Return a phase's floor where it applies: at the true shape, on a GPU."""
+        return floors_ms(self.shape, self.card)[name] if self.device.type == "cuda" else "-"
 
     def peak_gib(self) -> float:
         """Return the most memory that tensors have had since the last call; nan on a CPU."""
@@ -173,43 +260,55 @@ def heading(*cells: str) -> None:
 # --- the pieces -------------------------------------------------------------------------
 
 
+def check_card(bench: Bench) -> None:
+    """0. What the card can do at most, for the floors."""
+    side = 8192 if bench.device.type == "cuda" else 256
+    a, b = torch.randn(2, side, side, device=bench.device).bfloat16()
+    source = torch.zeros(64 * side * side, device=bench.device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copying = bench.milliseconds(lambda: target.copy_(source)) / 1e3
+    multiplying = bench.milliseconds(lambda: a @ b) / 1e3
+    bench.card = Card(2 * len(source) / copying, 2 * side**3 / multiplying)
+    heading("0. the card", "copied, TB/s", "bf16 product, TFLOP/s")
+    row("", bench.card.bytes_per_s / 1e12, bench.card.flops_per_s / 1e12)
+
+
 def check_attention(bench: Bench) -> None:
     """1. The packed pass's flash form against a mask: difference, forward and backward; times."""
     shape, text = bench.shape, bench.shape.config.text_config
     size = text.hidden_size // text.num_attention_heads
-    slots = shape.text_tokens + 64 + shape.longest
+    slots = shape.prompt_length + shape.longest
     options = {"device": bench.device, "dtype": torch.bfloat16, "requires_grad": True}
     query = torch.randn(shape.rows, text.num_attention_heads, shape.longest, size, **options)
     key, value = (
         torch.randn(shape.rows, text.num_key_value_heads, slots, size, **options) for _ in range(2)
     )
     visible = lower_right(shape.longest, slots, device=bench.device)
-    name = "flash attention behind shared prompts"
     heading("1. attention of completions", "relative difference", "forward + backward, ms")
     for form in ("flash", "mask"):
-        difference = check_suffix_attention(query, key) if form == "flash" else 0.0
-        fastpath.VERDICTS[name] = form == "flash"
+        fastpath.VERDICTS[FLASH] = form == "flash"
+        difference = check_suffix_attention(text, query)
 
         def work() -> None:
             out = suffix_attention(query, key, value, visible, size**-0.5)
             torch.autograd.grad(out.sum(), (query, key, value))
 
         row(form, difference, bench.milliseconds(work))
-    del fastpath.VERDICTS[name]
+    del fastpath.VERDICTS[FLASH]
 
 
 def check_decode_attention(bench: Bench) -> None:
     """2. Attention of one token: SDPA with a mask against matmul and softmax."""
     shape, text = bench.shape, bench.shape.config.text_config
     size = text.hidden_size // text.num_attention_heads
-    slots = -(-(shape.text_tokens + 64 + shape.limit) // 8) * 8
+    slots = -(-(shape.prompt_length + shape.limit) // 8) * 8
     options = {"device": bench.device, "dtype": torch.bfloat16}
     query = torch.randn(shape.rows, text.num_attention_heads, 1, size, **options)
     key, value = (
         torch.randn(shape.rows, text.num_key_value_heads, slots, size, **options) for _ in range(2)
     )
     mask = torch.zeros(1, 1, 1, slots, **options)
-    mask[..., shape.text_tokens + 64 + shape.mean :] = -torch.inf
+    mask[..., shape.prompt_length + shape.mean :] = -torch.inf
 
     def by_hand() -> Tensor:
         as_tokens = query.reshape(len(query), key.shape[1], -1, size)
@@ -220,6 +319,7 @@ def check_decode_attention(bench: Bench) -> None:
         return one_token_attention(query, key, value, mask, size**-0.5)
 
     heading("2. attention of one token", "relative difference", "ms a layer")
+    fastpath.VERDICTS[DECODING] = True
     exact = by_hand()
     for name, form in (("SDPA", sdpa), ("matmul, softmax", by_hand)):
         row(name, relative_difference(form(), exact), bench.milliseconds(form, 20))
@@ -228,15 +328,15 @@ def check_decode_attention(bench: Bench) -> None:
 def check_decoding(bench: Bench) -> None:
     """3. A decoding step: plain, compiled, recorded. 4. Sampling from a recorded step."""
     shape = bench.shape
-    heading("3. decoding step, all rows", "first call, s", "ms a token", "floor, ms")
+    heading("3. decoding step, all rows", "first call, s", TOKEN, "floor, ms")
     forms = {"plain": (False, False), "recorded": (False, True), "compiled, recorded": (True, True)}
     for name, (compiled, recorded) in forms.items():
-        fastpath.VERDICTS.pop("a CUDA graph of the decoding step", None)
-        fastpath.VERDICTS.pop("torch.compile of the decoder layers", None)
+        fastpath.VERDICTS.pop(RECORDED, None)
+        fastpath.VERDICTS.pop(COMPILED, None)
         if not compiled:
-            fastpath.VERDICTS["torch.compile of the decoder layers"] = False
+            fastpath.VERDICTS[COMPILED] = False
         if not recorded:
-            fastpath.VERDICTS["a CUDA graph of the decoding step"] = False
+            fastpath.VERDICTS[RECORDED] = False
         sampler = Sampler(bench.model, max_new_tokens=shape.limit, pad_id=0)
         start = time.perf_counter()
         sampler.generate(bench.prompts, group_size=shape.group_size, temperature=1.0)
@@ -245,14 +345,14 @@ def check_decoding(bench: Bench) -> None:
 
         def steps(sampler: Sampler = sampler) -> None:
             sampler.drawn.fill_(1)
-            sampler.next_slot.fill_(shape.text_tokens + 64)
+            sampler.next_slot.fill_(shape.prompt_length)
             with torch.no_grad():
                 for _ in range(shape.limit // 2):
                     sampler.make_noise(1.0, None)
                     sampler.advance()
 
         row(name, first_call, bench.milliseconds(steps, 3) / (shape.limit // 2),
-            bench.floor(FLOOR_MS_A_TOKEN))  # fmt: skip
+            bench.floor(TOKEN))  # fmt: skip
         if not recorded:
             continue
         ids = [draw(bench, sampler, seed).ids for seed in (1, 1, 2)]
@@ -261,7 +361,7 @@ def check_decoding(bench: Bench) -> None:
             f"4. {name}: the same seed repeats: {torch.equal(ids[0], ids[1])}, another differs: "
             f"{not torch.equal(ids[0], ids[2])}, distinct rows: {distinct} of {shape.rows}"
         )
-    print({name: verdict for name, verdict in fastpath.VERDICTS.items() if "step" in name})
+    print(f"trusted: {', '.join(name for name, right in fastpath.VERDICTS.items() if right)}")
 
 
 def draw(bench: Bench, sampler: Sampler, seed: int, prompts: Prompts | None = None) -> Completions:
@@ -346,7 +446,9 @@ def check_longest(bench: Bench) -> None:
 def whole_step(bench: Bench) -> None:
     """A step as main.py takes it: phases beside their floors, and peak memory. Also 7."""
     shape, policy = bench.shape, bench.model
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    loaded = bench.loaded
+    if loaded.adapter is None:
+        loaded = replace(loaded, reference=copy.deepcopy(policy).requires_grad_(False))
     optimizer = TimedOptimizer(policy, bench)
     sampler = Sampler(policy, max_new_tokens=shape.longest, pad_id=0)
     all_phases, passes = [], Passes(micro_batch=4)
@@ -356,37 +458,77 @@ def whole_step(bench: Bench) -> None:
         watch = Stopwatch(bench.synchronize)
         prompts = see(policy, bench.prompts)
         completions = draw(bench, sampler, number, prompts)
-        watch.lap("prompts read, decoding")
+        watch.lap(ROLLOUT)
         rollout = make_rollout(bench, prompts, completions)
-        rollout = score_reference(reference, rollout, passes=passes, temperature=1.0)
-        watch.lap("reference")
+        with loaded.as_reference() as reference:
+            rollout = score_reference(reference, rollout, passes=passes, temperature=1.0)
+        watch.lap(REFERENCE)
         stats = update(
             policy, optimizer, rollout, loss="grpo", inner_epochs=1, passes=passes,
             temperature=1.0, beta=0.05, clip_eps=0.2, clip_eps_high=0.2,
             max_grad_norm=1.0, max_new_tokens=shape.limit,
         )  # fmt: skip
-        watch.lap("policy, log-probs, clip, optimizer")
+        watch.lap("both")
         del prompts, rollout  # and what the vision tower kept
-        all_phases.append({**watch.seconds, "7. (of which the optimizer)": optimizer.seconds})
-    heading("whole step", "ms, median of the last 3", "floor, ms")
+        seconds = dict(watch.seconds)
+        seconds[UPDATE] = seconds.pop("both") - optimizer.seconds
+        all_phases.append({**seconds, OPTIMIZER: optimizer.seconds})
+    heading("whole step", "ms, median of the last 3", "floor, ms", "tokens/s of this GPU")
+    tokens = sum(bench.lengths)
     median = {
         name: 1e3 * statistics.median(phases[name] for phases in all_phases[2:])
         for name in all_phases[0]
     }
     for name, milliseconds in median.items():
-        row(name, milliseconds, bench.floor(FLOORS_MS[name]))
-    whole = sum(milliseconds for name, milliseconds in median.items() if "(" not in name)
-    row("sum", whole, bench.floor(sum(ms for name, ms in FLOORS_MS.items() if "(" not in name)))
-    tokens = sum(bench.lengths)
-    print(f"\npeak {bench.peak_gib():.1f} GiB, {1e3 * tokens / whole:.0f} completion tokens/s,")
+        row(name, milliseconds, bench.floor(name), 1e3 * tokens / milliseconds)
+    whole = sum(median.values())
+    floor = sum(bench.floor(name) for name in median) if bench.floor(TOKEN) != "-" else "-"
+    row("sum", whole, floor, 1e3 * tokens / whole)
+    print(f"\npeak {bench.peak_gib():.1f} GiB")
     print(f"sampler and scorer differ by {stats['sampler_gap_mean']:.4f} per token on average")
+    whole_run(bench, {name: milliseconds / 1e3 for name, milliseconds in median.items()})
+
+
+def whole_run(bench: Bench, step_s: dict[str, float]) -> None:
+    """9. The time of a run with the default flags, from that of its parts."""
+    config, shape = Config(), bench.shape
+    weights = 2 * sum(parameter.numel() for parameter in bench.model.parameters())
+    trained = 2 * sum(parameter.numel() for parameter in trainable(bench.model))
+    saved = (trained if shape.lora_rank else weights) / GIB
+    seconds_a_gib = saving_seconds(64 if bench.device.type == "cpu" else 2048)
+    saves = math.ceil(config.steps / config.save_every)
+    evaluations = 1 + math.ceil(config.steps / config.eval_every)
+    rollouts = math.ceil(config.eval_examples / shape.rows)
+    parts = {
+        **{name: config.steps * seconds for name, seconds in step_s.items()},
+        "checkpoints": saves * (saved + 3 * trained / GIB) * seconds_a_gib,
+        "evaluations": evaluations * rollouts * step_s[ROLLOUT],
+    }
+    heading(f"9. a run of {config.steps} steps", "minutes")
+    for name, seconds in {**parts, "sum": sum(parts.values())}.items():
+        row(name, seconds / 60)
+    print(f"{saves} checkpoints at {seconds_a_gib:.2f} s a GiB on this disk, "
+          f"{evaluations} evaluations of {config.eval_examples} examples")  # fmt: skip
+
+
+def saving_seconds(mib: int) -> float:
+    """Return the seconds that a GiB of an optimizer's state takes to the disk itself."""
+    state = [torch.randn(16 * 2**19).bfloat16() for _ in range(mib // 16)]  # 16 MiB each
+    optimizer = optimi.AdamW([torch.nn.Parameter(tensor) for tensor in state[:1]], lr=1e-6)
+    optimizer.state[optimizer.param_groups[0]["params"][0]] = dict(enumerate(state))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        start = time.perf_counter()
+        save_share(optimizer, Path(folder))
+        return (time.perf_counter() - start) * 1024 / mib
 
 
 class TimedOptimizer(optimi.AdamW):
-    """The optimizer of main.py; knows the seconds of its last step."""
+    """The optimizer of main.py; knows the seconds of its last step, the clipping left out."""
 
     def __init__(self, policy, bench: Bench) -> None:
-        super().__init__(policy.parameters(), lr=1e-6, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
+        options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0}
+        parameters = trainable(policy)
+        super().__init__(parameters, lr=1e-6, triton=trust_triton(parameters[0]), **options)
         self.bench, self.seconds = bench, 0.0
 
     def step(self) -> None:
@@ -416,6 +558,7 @@ def make_rollout(bench: Bench, prompts: Prompts, completions: Completions) -> Ro
 
 
 CHECKS = {
+    "card": check_card,
     "attention": check_attention,
     "decode-attention": check_decode_attention,
     "decoding": check_decoding,
@@ -436,18 +579,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--run", choices=RUNS, default="7b", help="what is trained")
     args = parser.parse_args(arguments)
+    prepare_gpu()
     if unknown := set(args.checks) - CHECKS.keys():
         parser.error(f"{', '.join(unknown)}: must be of {', '.join(CHECKS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU was found; --device cpu runs the same code at toy size")
-    bench = Bench(true_shape() if args.device == "cuda" else toy_shape(), args.device)
+    bench = Bench(true_shape(args.run) if args.device == "cuda" else toy_shape(), args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, toy size: no numbers"
     count = sum(parameter.numel() for parameter in bench.model.parameters())
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{count / 1e9:.2f} billion parameters, P = {bench.prompts.input_ids.shape[1]}, "
           f"completion tokens {sum(bench.lengths)}, longest {max(bench.lengths)}")  # fmt: skip
-    for check in args.checks or CHECKS:
+    for check in ["card", *(args.checks or list(CHECKS)[1:])]:  # the floors need the first
         CHECKS[check](bench)
         bench.model.zero_grad()
         fastpath.VERDICTS.clear()

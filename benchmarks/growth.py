@@ -74,7 +74,7 @@ def draw(groups: dict, lengths: dict, picture: Path) -> None:
     figure.savefig(picture)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
@@ -87,7 +87,7 @@ def main() -> None:
         parser.add_argument(flag, type=numbers, default=values, metavar="N,N,...", dest=f"{name}s")
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE")
     add_flags(parser, Task(prompts=4, max_new_tokens=32))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     base, measured = task_of(args), {}
     for name in varied:
         tasks = {value: replace(base, **{name: value}) for value in getattr(args, f"{name}s")}

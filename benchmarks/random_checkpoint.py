@@ -37,7 +37,7 @@ def random_checkpoint(folder: Path, like: str) -> None:
     AutoProcessor.from_pretrained(TINY).save_pretrained(folder)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Write what the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--like", default="Qwen/Qwen2.5-VL-7B-Instruct", metavar="MODEL",
                         help=f"a model folder, or of {', '.join(HUB_TEXT_CONFIGS)}")  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.folder.exists():
         parser.error(f"{args.folder}: exists already; give a new folder")
     random_checkpoint(args.folder, args.like)

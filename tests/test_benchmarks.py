@@ -3,9 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+from conftest import TINY
+from pretended_gpu import FAST_FORMS, PretendedGPU
+
+import fastpath
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
+
+import gpu as gpu_benchmark  # noqa: E402
+import growth  # noqa: E402
+import random_checkpoint  # noqa: E402
 
 
 def run(*command: str) -> str:
@@ -14,12 +26,70 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu():
-    text = run("benchmarks/gpu.py", "--device", "cpu")
-    for number in range(1, 9):
+# --- gpu.py -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """What is timed is done once, and no forms have been checked before."""
+
+    def milliseconds(self, work, repeats=5):
+        work()
+        return 1.0
+
+    monkeypatch.setattr(gpu_benchmark.Bench, "milliseconds", milliseconds)
+    monkeypatch.setattr(fastpath, "VERDICTS", {})
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(once, capsys):
+    gpu_benchmark.main(["--device", "cpu"])
+    text = capsys.readouterr().out
+    for number in range(10):
         assert f"{number}. " in text
     assert "toy size: no numbers" in text
     assert "the same seed repeats: True, another differs: True" in text
+
+
+@pytest.mark.parametrize("run", ["7b", "7b-adapters"])
+def test_the_gpu_benchmark_prints_every_table_on_a_pretended_gpu(once, monkeypatch, capsys, run):
+    """At toy size, all forms trusted: a first call on a card does not end in a slip."""
+    rank = gpu_benchmark.RUNS[run][1]
+    toy = replace(gpu_benchmark.toy_shape(), lora_rank=rank)
+    monkeypatch.setattr(gpu_benchmark, "true_shape", lambda run: toy)
+    monkeypatch.setattr(gpu_benchmark, "saving_seconds", lambda mib: 1.0)
+    monkeypatch.setattr(fastpath, "TOLERANCE", 0.02)
+    with PretendedGPU(length=toy.longest):
+        gpu_benchmark.main(["--run", run])
+    text = capsys.readouterr().out
+    for number in range(10):
+        assert f"{number}. " in text
+    assert "trusted: " in text
+    (trusted,) = {line for line in text.splitlines() if line.startswith("trusted: ")}
+    assert {name for name in FAST_FORMS if name in trusted} == FAST_FORMS - {fastpath.TRITON}
+    assert "nan" not in text
+
+
+def test_the_floors_of_an_h200_by_hand():
+    """4.3 TB/s and 790 TFLOP/s; 8.29 billion parameters, of which 6.5255 in 28 decoder layers.
+
+    Decoding reads 2 x (6.5255 + 0.5450) = 14.14 GB and 57,344 B in each of 32 x 389 filled slots:
+    14.85 GB, 3.45 ms. 5,856 packed tokens, 4,800 of completions: 76.4 TFLOP in the layers, 5.2 for
+    logits, 1.3 in the tower, 0.7 of attention; the update three times as much, less the tower's
+    forward pass, and logits a fourth time. AdamW and the norm move 20 B of each parameter.
+    """
+    shape = replace(gpu_benchmark.true_shape("7b"), text_tokens=200)
+    floors = gpu_benchmark.floors_ms(shape, gpu_benchmark.Card(4.3e12, 790e12))
+    assert shape.prompt_length == 264
+    assert sum(shape.lengths) == pytest.approx(4800, rel=0.01)
+    assert floors[gpu_benchmark.TOKEN] == pytest.approx(3.46, rel=0.01)
+    assert floors[gpu_benchmark.ROLLOUT] == pytest.approx(2 + 18 + 860, rel=0.01)
+    assert floors[gpu_benchmark.REFERENCE] == pytest.approx(83.6 / 0.79, rel=0.01)
+    update = 3 * (76.4 + 0.7) + 4 * 5.2 + 2 * 1.3
+    assert floors[gpu_benchmark.UPDATE] == pytest.approx(update / 0.79, rel=0.01)
+    assert floors[gpu_benchmark.OPTIMIZER] == pytest.approx(38.6, rel=0.01)
+
+
+# --- the others -----------------------------------------------------------------------------
 
 
 def test_the_step_benchmark_measures_this_trainer():
@@ -27,14 +97,15 @@ def test_the_step_benchmark_measures_this_trainer():
     assert "| this trainer | " in text
 
 
-def test_a_random_checkpoint_is_measured_like_any_other(tmp_path):
+def test_a_random_checkpoint_is_measured_like_any_other(tmp_path, capsys):
     folder = str(tmp_path / "random")
-    run("benchmarks/random_checkpoint.py", folder, "--like", "tiny")
+    random_checkpoint.main([folder, "--like", TINY])
     flags = ["--model", folder, "--prompts", "1", "--group-size", "2", "--image-size", "84"]
     sizes = ["--group-sizes", "2", "--lengths", "3", "--image-sizes", "56"]
     picture = tmp_path / "growth.png"
-    text = run("benchmarks/growth.py", *flags, *sizes, "--picture", str(picture))
-    rows = [line.split(" | ")[0] for line in text.splitlines() if line[2:3].isdigit()]
+    growth.main([*flags, *sizes, "--picture", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ")[0] for line in lines if line[2:3].isdigit()]
     assert rows == ["| 2", "| 3", "| 56"]
     assert picture.exists()
 
