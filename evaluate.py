@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -327,8 +328,11 @@ def main(arguments: list[str] | None = None) -> None:
         batch_size=min(args.batch_size, args.examples),
         temperature=args.temperature,
     )
-    answers = list(tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False))
-    report(answers, spec, args)
+    progress = tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False)
+    try:
+        report(list(progress), spec, args)
+    except torch.OutOfMemoryError:
+        parser.error("out of GPU memory. Less is taken with --batch-size, --max-new-tokens")
 
 
 if __name__ == "__main__":

@@ -343,17 +343,30 @@ def compare_layer(
     Both are held against the layer in fp32. Where bf16 rounds to huge values, as trained models
     have, any right form is far off: the compiled one may be half again as far as the plain one.
     """
-    exact = call_layer(
+    exact = changes(
+        call_layer,
         copy.deepcopy(layer).float(),
         hidden.float(),
         tuple(x.float() for x in rope),
         mask.float(),
         cache.float(),
     )
-    fast, plain = (run(layer, hidden, rope, mask, cache) for run in (compiled, call_layer))
-    allowed = 1.5 * relative_difference(plain, exact)
-    differences.append(relative_difference(fast, exact) - allowed)
-    return plain
+    fast, plain = (changes(run, layer, hidden, rope, mask, cache) for run in (compiled, call_layer))
+    for of_fast, of_plain, of_exact in zip(fast, plain, exact, strict=True):
+        allowed = 1.5 * relative_difference(of_plain, of_exact)
+        differences.append(relative_difference(of_fast, of_exact) - allowed)
+    return hidden + plain[0].to(hidden.dtype)
+
+
+def changes(
+    run: Callable[..., Tensor], layer, hidden: Tensor, rope: tuple, mask: Tensor, cache: Cache
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a layer adds to its rows' states, and the keys and values that it has kept."""
+    slots = (cache.keys, cache.values)
+    for each in slots:
+        each.index_fill_(2, cache.next_slot, 0)  # or what was there before would do
+    added = run(layer, hidden, rope, mask, cache).float() - hidden.float()
+    return added, *(each.index_select(2, cache.next_slot) for each in slots)
 
 
 def make_generator(device: str, *numbers: int) -> torch.Generator:

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from linecache import getline
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -441,7 +442,7 @@ def patches(gpu: PretendedGPU) -> list:
         "reset_peak_memory_stats": gpu.reset_peak,
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
-        "current_stream": lambda *_: "the main stream",
+        "current_stream": lambda *_: SimpleNamespace(device_index=0),
         "set_stream": lambda stream: None,
         "graph_pool_handle": lambda: (0, 1),
         "CUDAGraph": Graph,
@@ -466,6 +467,7 @@ def patches(gpu: PretendedGPU) -> list:
         mock.patch.object(F, "scaled_dot_product_attention", attention_of),
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.multiple(torch.accelerator, **accelerator),
+        mock.patch.object(torch._C, "_cuda_endAllocateToPool", lambda *_: None, create=True),
         mock.patch.object(torch.Tensor, "pin_memory", pin_memory),
         mock.patch.object(torch, "Generator", HostGenerator),
         mock.patch.object(torch, "compile", lambda function, **options: function),

@@ -1,12 +1,22 @@
 """fastpath.py: what is trusted, and what is not."""
 
+import os
 import warnings
 
+import optimi
 import pytest
 import torch
 
 import fastpath
-from fastpath import matmul_fp32, relative_difference, trusted
+from fastpath import (
+    check_adamw,
+    is_trusted,
+    matmul_fp32,
+    prepare_gpu,
+    relative_difference,
+    trust_triton,
+    trusted,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +71,96 @@ def test_products_of_bf16_are_not_rounded():
     assert (matmul_fp32(a, b) - exact).abs().max() < 1e-4
     assert ((a @ b) - exact).abs().max() > 1e-2
     assert matmul_fp32(a.double(), b.double()).dtype == torch.float64
+
+
+def test_a_form_is_used_while_it_is_checked_and_not_before():
+    assert not is_trusted("a kernel")
+    assert trusted("a kernel", lambda: 0.0 if is_trusted("a kernel") else 1.0)
+    assert is_trusted("a kernel")
+
+
+# --- AdamW's Triton kernel ----------------------------------------------------------------
+
+BF16 = torch.zeros(1, dtype=torch.bfloat16)
+
+
+def test_what_torchs_operations_round_is_far_below_the_tolerance():
+    """Against AdamW in fp32, weight and Kahan compensation together. The kernel rounds less."""
+    torch.manual_seed(0)
+    assert check_adamw(BF16, triton=False) < 0.005
+    assert check_adamw(torch.zeros(1), triton=False) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kahan_sum": False},  # updates are lost where bf16 rounds
+        {"betas": (0.5, 0.99)},
+        {"eps": 0.1},
+        {"lr": 1.1e-3},
+    ],
+)
+def test_an_optimizer_that_does_something_else_is_noticed(monkeypatch, wrong):
+    class Wrong(optimi.AdamW):
+        def __init__(self, parameters, **options):
+            changed = wrong if parameters[0].dtype == torch.bfloat16 else {}
+            super().__init__(parameters, **(options | changed))
+
+    monkeypatch.setattr(optimi, "AdamW", Wrong)
+    with pytest.warns(UserWarning, match="slower without an optimizer"):
+        assert not trusted("an optimizer", lambda: check_adamw(BF16, triton=False))
+
+
+def test_triton_is_for_bf16_weights_on_a_gpu(monkeypatch):
+    """Where it cannot be compiled, it is left aside with a warning."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    assert not trust_triton(BF16)
+    assert not trust_triton(BF16.float().as_subclass(OnGpu))
+    assert fastpath.VERDICTS == {}
+    monkeypatch.setattr(fastpath, "check_adamw", lambda *_, triton: 0.003)
+    assert trust_triton(BF16.as_subclass(OnGpu))
+    fastpath.VERDICTS.clear()
+
+    def no_compiler(*_, triton):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(fastpath, "check_adamw", no_compiler)
+    with pytest.warns(UserWarning, match="slower without optimi's Triton kernel .* C compiler"):
+        assert not trust_triton(BF16.as_subclass(OnGpu))
+
+
+# --- what torch leaves to its user --------------------------------------------------------
+
+
+@pytest.fixture
+def torch_as_it_comes(monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is as it was after the test
+        monkeypatch.delenv(name)
+    matmul = torch.backends.cuda.matmul
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    reduced = matmul.allow_bf16_reduced_precision_reduction
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    matmul.allow_bf16_reduced_precision_reduction = reduced
+
+
+def test_a_gpu_is_prepared(torch_as_it_comes):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    prepare_gpu()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_users_own_allocator_settings_stay(torch_as_it_comes, monkeypatch, name):
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    prepare_gpu()
+    found = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
+    assert found == {name: "max_split_size_mb:512"}

@@ -17,6 +17,7 @@ from collections import namedtuple
 from itertools import count
 from pathlib import Path
 
+import optimi
 import pytest
 import torch
 from conftest import TINY, config_of
@@ -417,6 +418,22 @@ def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
     assert re.search(r"out of GPU memory\. What takes a tenth less: --[a-z-]+ \w+", stop.value.code)
     lines = faults.curves(tmp_path / "full")["metrics"]
     assert [line["micro_batch"] for line in lines] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(main, "collect_rollout"), (optimi.AdamW, "step"), (main, "evaluate")]
+)
+def test_memory_that_runs_out_where_no_smaller_pass_helps(tmp_path, monkeypatch, owner, name):
+    """In sampling, in the optimizer, in an evaluation: told in one line, with what takes less."""
+
+    def failing(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path, "full")
+    assert re.search(r"out of GPU memory\. What takes a tenth less: --[a-z-]+ \w+", stop.value.code)
+    assert "--resume" in stop.value.code
 
 
 # --- input and text -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ last file; that no tensor is on the wrong side; where, and how often, the host w
 """
 
 import json
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -19,11 +20,14 @@ from transformers import (
     GenerationConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
+import attention
 import cold_start
 import evaluate
 import fastpath
 import main
+import sampling
 
 FLAGS = "--preset tiny --device cuda --steps 1 --prompts-per-step 2 --group-size 2 --image-size 56"
 FLAGS += " --max-new-tokens 20 --eval-every 0 --save-every 0 --sample-every 1000"
@@ -129,6 +133,68 @@ def test_a_model_is_warmed_up(flags, tmp_path):
     gpu = on_gpu(cold_start.main, "--model", flags[-1], "--out", str(tmp_path / "warm"), *some)
     assert gpu.unmarked_reads() == []
     assert (tmp_path / "warm" / "model.safetensors").exists()
+
+
+# --- fast forms ---------------------------------------------------------------------------
+
+
+def test_no_form_is_checked_inside_of_a_layer(flags, tmp_path, monkeypatch):
+    """Compiled, recorded or run again for its gradient, it would take the check for its own."""
+    inside = []
+    forward = Qwen2_5_VLDecoderLayer.forward
+
+    def noting(self, *arguments, **options):
+        inside.append(1)
+        out = forward(self, *arguments, **options)
+        inside.pop()
+        return out
+
+    def trusted(name, check):
+        assert name in fastpath.VERDICTS or not inside, f"{name} is checked in a layer"
+        return stock(name, check)
+
+    stock = fastpath.trusted
+    monkeypatch.setattr(Qwen2_5_VLDecoderLayer, "forward", noting)
+    for module in (attention, fastpath, sampling):
+        monkeypatch.setattr(module, "trusted", trusted)
+    more = ["--beta", "0", "--checkpoint-layers", "2", "--runs", str(tmp_path)]
+    gpu = on_gpu(main.main, *flags, *more)
+    assert gpu.verdicts == dict.fromkeys(FAST_FORMS, True)
+
+
+def no_compiler(*_, **__):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
+def no_kernel(*_, **__):
+    raise RuntimeError("No available kernel. Aborting execution.")
+
+
+@pytest.mark.parametrize(
+    ("form", "module", "name", "failing"),
+    [
+        (fastpath.TRITON, sys.modules["optimi.adam"], "_triton_adam", no_compiler),
+        (sampling.COMPILED, sampling, "compile_layer", no_compiler),
+        (sampling.RECORDED, torch.cuda, "graph", no_kernel),
+        (fastpath.FP32_OUTPUT, fastpath, "check_matmul", no_kernel),
+        (attention.FLASH, attention, "causal_lower_right", no_kernel),
+        (attention.DECODING, attention, "check_one_token_attention", no_kernel),
+    ],
+)
+def test_a_run_goes_on_without_a_form_that_fails_at_its_first_use(
+    flags, tmp_path, monkeypatch, form, module, name, failing
+):
+    """Any library's kernel can: it is compiled then, or not made for the card."""
+
+    def work(arguments):
+        monkeypatch.setattr(module, name, failing)  # on top of what is pretended
+        with pytest.warns(UserWarning, match=f"slower without {form}: RuntimeError") as told:
+            main.main(arguments)
+        assert len([each for each in told if "slower" in str(each.message)]) == 1
+
+    gpu = on_gpu(work, *flags, "--runs", str(tmp_path), "--name", "run")
+    assert (tmp_path / "run" / "final").is_dir()
+    assert gpu.verdicts == dict.fromkeys(FAST_FORMS, True) | {form: False}
 
 
 # --- what is pretended --------------------------------------------------------------------

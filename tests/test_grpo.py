@@ -360,14 +360,21 @@ def test_a_reward_that_is_not_finite_is_named_and_changes_nothing(loaded, prompt
 # --- memory -------------------------------------------------------------------------------
 
 
-def out_of_memory(times: int, work):
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+NO_WORKSPACE = (
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+)
+
+
+def out_of_memory(times: int, work, error=OUT_OF_MEMORY):
     """`work`, which first does half of it and fails so many times."""
     seen = []
 
     def failing(model, part_prompts, ids, lengths, **options):
         seen.append((len(part_prompts), options.get("checkpoint_layers")))
         if len(seen) in range(2, 2 + times):  # the second pass: the first has left a gradient
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return work(model, part_prompts, ids, lengths, **options)
 
     return failing, seen
@@ -418,6 +425,35 @@ def test_the_reference_is_scored_in_smaller_passes_too(loaded, prompts, monkeypa
         parts = score_reference(loaded.reference, rollout, passes=Passes(2), temperature=0.8)
     torch.testing.assert_close(parts.ref_logprobs, whole.ref_logprobs, rtol=0, atol=1e-12)
     assert [size for size, _ in seen] == [2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("error", NO_WORKSPACE)
+def test_a_library_without_room_for_its_workspace_is_out_of_memory(
+    loaded, prompts, monkeypatch, error
+):
+    """And a cache that cannot be emptied, as after a failed CUDA graph, is no reason to end."""
+
+    def no_emptying():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", no_emptying)
+    failing, seen = out_of_memory(1, grpo.completion_logprobs, error)
+    monkeypatch.setattr(grpo, "completion_logprobs", failing)
+    with pytest.warns(UserWarning, match="out of memory"):
+        score_reference(
+            loaded.reference, collect(loaded, prompts), passes=Passes(2), temperature=0.8
+        )
+    assert len(seen) == 5
+
+
+def test_other_errors_are_not_taken_for_it(loaded, prompts, monkeypatch):
+    failing, seen = out_of_memory(1, grpo.completion_logprobs, RuntimeError("shapes differ"))
+    monkeypatch.setattr(grpo, "completion_logprobs", failing)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        score_reference(
+            loaded.reference, collect(loaded, prompts), passes=Passes(2), temperature=0.8
+        )
+    assert len(seen) == 2
 
 
 def test_memory_that_runs_out_again_is_an_error(loaded, prompts, monkeypatch):

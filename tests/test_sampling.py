@@ -1,17 +1,21 @@
 """sampling.py against transformers' generate, and against the scoring pass."""
 
+import copy
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import compiled_graphs, make_prompts, scored, stock
+from conftest import TINY, compiled_graphs, make_prompts, scored, stock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 import fastpath
 import sampling
-from policy import Prompts
-from sampling import Completions, Sampler, completion_texts, make_generator
+from fastpath import relative_difference
+from policy import Prompts, use_own_attention
+from sampling import Completions, Sampler, call_layer, completion_texts, make_generator
 
 PAD = 0
 
@@ -352,6 +356,140 @@ def test_on_a_gpu_the_step_is_as_fast_as_can_be_trusted(
     texts = [str(each.message) for each in told if "slower without" in str(each.message)]
     assert len(texts) == (warning is not None)
     assert all(warning in text for text in texts)
+
+
+def rounding_elsewhere(layer, hidden, rope, mask, cache):
+    """A layer as a compiler might fuse it: nothing but its result is rounded."""
+    exact, twin = copy.deepcopy(layer).float(), cache.float()
+    rope, mask = tuple(x.float() for x in rope), mask.float()
+    out = call_layer(exact, hidden.float(), rope, mask, twin).to(hidden.dtype)
+    cache.keys.copy_(twin.keys), cache.values.copy_(twin.values)
+    return out
+
+
+def with_wrong_mask(layer, hidden, rope, mask, cache):
+    """It sees the slots that are to come, and not the prompt's first ten."""
+    wrong = torch.zeros_like(mask)
+    wrong[..., :10] = -torch.inf
+    return call_layer(layer, hidden, rope, wrong, cache)
+
+
+def with_wrong_positions(layer, hidden, rope, mask, cache):
+    return call_layer(layer, hidden, (rope[0], torch.zeros_like(rope[1])), mask, cache)
+
+
+def in_the_wrong_slot(layer, hidden, rope, mask, cache):
+    other = copy.copy(cache)
+    other.next_slot = cache.next_slot + 1
+    return call_layer(layer, hidden, rope, mask, other)
+
+
+def deep_bf16_model(processor) -> Qwen2_5_VLForConditionalGeneration:
+    """28 layers in bf16, with a few huge values in the residual stream, as trained models have."""
+    config = AutoConfig.from_pretrained(TINY)
+    config.text_config.update({"num_hidden_layers": 28, "layer_types": ["full_attention"] * 28})
+    config.vision_config.update({"depth": 1, "fullatt_block_indexes": [0]})
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    layers = model.model.language_model.layers
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.mul_(3 if parameter.ndim > 1 else 1)
+        layers[2].mlp.down_proj.weight[:3] *= 200
+    model.generation_config.eos_token_id = [2, 0]
+    use_own_attention(model)
+    frequencies = model.model.language_model.rotary_emb.inv_freq.clone()
+    model.bfloat16()
+    model.model.language_model.rotary_emb.inv_freq = frequencies
+    return model
+
+
+@pytest.fixture(scope="module")
+def at_first_step(processor):
+    """A sampler of the deep model that has read its prompts."""
+    sampler = make_sampler(deep_bf16_model(processor))
+    sampler.model.eval()
+    prompts = make_prompts(processor, 2)
+    with torch.no_grad():
+        sampler.make_buffers(4, prompts.input_ids.shape[1])
+        sampler.read(prompts, 2)
+    return sampler
+
+
+@torch.no_grad()
+def off_by(sampler, compiled, monkeypatch) -> float:
+    monkeypatch.setattr(sampling, "compile_layer", lambda: compiled)
+    return sampler.check_compiled()
+
+
+def test_a_compiled_layer_that_rounds_elsewhere_is_trusted(at_first_step, monkeypatch):
+    """Though the logits after 28 layers are farther off than the tolerance."""
+    sampler = at_first_step
+    assert off_by(sampler, rounding_elsewhere, monkeypatch) <= 0
+    assert off_by(sampler, call_layer, monkeypatch) <= 0
+    with torch.no_grad():
+        plain = sampler.try_step(sampler.step)
+        monkeypatch.setattr(sampler, "run_layer", rounding_elsewhere)
+        assert relative_difference(sampler.try_step(sampler.step), plain) > fastpath.TOLERANCE
+
+
+@pytest.mark.parametrize("wrong", [with_wrong_mask, with_wrong_positions, in_the_wrong_slot])
+def test_a_compiled_layer_that_is_wrong_is_noticed(at_first_step, monkeypatch, wrong):
+    assert off_by(at_first_step, wrong, monkeypatch) > fastpath.TOLERANCE
+
+
+def test_more_shapes_than_the_compiler_allows(model, prompts, monkeypatch):
+    """Evaluation, or a program that varies the group: more than 8 of them in one process."""
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
+    monkeypatch.setattr(sampling, "Recording", Replayed)
+    monkeypatch.setattr(fastpath, "VERDICTS", {})
+    options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
+    monkeypatch.setattr(
+        sampling, "compile_layer", lambda: torch.compile(sampling.call_layer, **options)
+    )
+    torch.compiler.reset()
+    limit = torch._dynamo.config.recompile_limit
+    for group_size in range(1, limit + 2):
+        sampler = make_sampler(model, max_new_tokens=2)
+        sampler.generate(prompts[:1], group_size=group_size, temperature=0.0)
+        assert sampler.run_layer is not sampling.call_layer
+
+
+class Stream:
+    device_index = 0
+
+
+@pytest.mark.parametrize("pool_is_ended_by", ["torch", "us"])
+def test_a_recording_that_fails_leaves_stream_and_pool_as_they_were(monkeypatch, pool_is_ended_by):
+    """torch gives back neither if the end of a capture fails (torch/cuda/graphs.py)."""
+    main_stream, side_stream, events = Stream(), Stream(), []
+    current = [main_stream]
+
+    @contextmanager
+    def capture(graph, *, pool, capture_error_mode):
+        current[0] = side_stream
+        events.append(("begin", pool))
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end_pool(device, pool):
+        events.append(("end", pool))
+        if pool_is_ended_by == "torch":
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        sampling.Recording(lambda: torch.zeros(1))
+    assert current == [main_stream]
+    assert events == [("begin", (0, 7)), ("end", (0, 7))]
 
 
 def test_one_compiled_graph_fits_all_layers(model, prompts, compiled_layer):
