@@ -95,14 +95,11 @@ def estimate(work: Work, *, free: int | None) -> Estimate:
     As many decoder layers as `free` bytes allow are kept for the backward pass, and the others
     checkpointed, unless `work` names a number; with None all are.
     """
-    always = {
-        **held(work),
-        "vision tower": vision_bytes(work),
-        "libraries": LIBRARIES[work.device],
-    }
-    kept = kept_layers(work, free, sum(always.values()))
+    always = {**held(work), "vision tower": vision_bytes(work)}
+    libraries = LIBRARIES[work.device]
+    kept = kept_layers(work, free, sum(always.values()) + libraries)
     moment, sizes = max(moments(work, kept).items(), key=lambda item: sum(item[1].values()))
-    sizes = {**always, **sizes}
+    sizes = {**always, **sizes, "libraries": libraries}
     if work.device == "cuda":
         sizes["gaps between tensors"] = int(GAPS * sum(sizes.values()))
     return Estimate(moment, sizes)
@@ -262,6 +259,7 @@ def what_would_fit(work: Work, free: int) -> str | None:
 
 def table(found: Estimate) -> str:
     """Return the sizes and their sum, one per line."""
-    sizes = {**found.sizes, "total": found.total}
+    sizes = {name: size for name, size in found.sizes.items() if size}
+    sizes["total"] = found.total
     lines = [f"  {name:<40}{size / GIB:>9.2f} GiB" for name, size in sizes.items()]
     return "\n".join([f"  at the gradient {found.moment}:", *lines])

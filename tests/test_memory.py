@@ -1,7 +1,9 @@
 """memory.py: the foreseen sizes are those of the tensors that a run makes."""
 
 import copy
+import re
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -275,6 +277,20 @@ def test_what_would_fit_is_the_least():
     assert what_would_fit(adapters, 22 * GIB) == "--micro-batch 1"
     assert what_would_fit(DEFAULT, 60 * GIB) == f"--lora-rank {LORA_RANK}"
     assert what_would_fit(DEFAULT, 8 * GIB) is None
+
+
+def test_the_readme_shows_what_is_foreseen():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert table(estimate(DEFAULT, free=None)) in readme
+    rows = [line.split("|") for line in readme.splitlines() if re.match(r"\| [37]B \|", line)]
+    assert len(rows) == 7
+    for _, model, _, flags, gib, _, _ in rows:
+        words = flags.strip().strip("`").split()
+        processes = int(words[0]) if "processes" in words else 1
+        flags = ["--prompts-per-step", "8"] if processes > 1 else words
+        flags = ["--model", THREE, *flags] if "3B" in model else flags
+        work = replace(work_of(config_of(*flags)), processes=processes)
+        assert float(gib) == pytest.approx(estimate(work, free=None).total / GIB, abs=0.05)
 
 
 def test_the_table_adds_up():
