@@ -4,6 +4,7 @@
     python benchmarks/gpu.py --run 7b-adapters   # 7B, LoRA adapters: 80 GB
     python benchmarks/gpu.py --run 3b            # 3B, all weights: 80 GB
     python benchmarks/gpu.py --device cpu        # the same code at toy size, in seconds: no numbers
+    python benchmarks/gpu.py --floors            # the floors alone, of cards whose rates are known
 
 The work of a step: 4 plots of 224 x 224 pixels, 8 completions each, 150 tokens on average and 250
 at most. A floor is the time of a phase if the card did nothing but read the weights and the filled
@@ -149,6 +150,12 @@ class Card:
     flops_per_s: float  # bf16 products
 
 
+CARDS = {  # a copy and a product of 8192 x 8192 matrices, measured once on one card of each
+    "H100 80GB": Card(3.0e12, 798e12),
+    "H200": Card(4.3e12, 790e12),
+}
+
+
 def floors_ms(shape: Shape, card: Card) -> dict[str, float]:
     """Return the least time of each phase of a step, and of one decoding step."""
     text, vision = shape.config.text_config, shape.config.vision_config
@@ -179,6 +186,17 @@ def floors_ms(shape: Shape, card: Card) -> dict[str, float]:
         # its norm is read once; AdamW reads five tensors and writes four
         OPTIMIZER: 1e3 * (2 + 18) * trained_parameters(shape) / card.bytes_per_s,
     }
+
+
+def print_floors() -> None:
+    """Print the floors of all RUNS on all CARDS, in ms."""
+    for run in RUNS:
+        columns = {name: floors_ms(true_shape(run), card) for name, card in CARDS.items()}
+        heading(f"{run}: floor, ms", *columns)
+        phases = [ROLLOUT, REFERENCE, UPDATE, OPTIMIZER]
+        for phase in [TOKEN, *phases]:
+            row(phase, *(floors[phase] for floors in columns.values()))
+        row("step", *(sum(floors[phase] for phase in phases) for floors in columns.values()))
 
 
 def trained_parameters(shape: Shape) -> int:
@@ -580,7 +598,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--run", choices=RUNS, default="7b", help="what is trained")
+    parser.add_argument("--floors", action="store_true", help="print floors, measure nothing")
     args = parser.parse_args(arguments)
+    if args.floors:
+        return print_floors()
     prepare_gpu()
     if unknown := set(args.checks) - CHECKS.keys():
         parser.error(f"{', '.join(unknown)}: must be of {', '.join(CHECKS)}")

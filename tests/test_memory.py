@@ -208,6 +208,9 @@ def test_the_peak_of_a_step_is_foreseen(flags, gib, processes):
     outside = found.sizes["libraries"] + found.sizes["gaps between tensors"]
     assert found.total - outside == pytest.approx(gpu.peak, rel=0.03)
     reserved = reserved_bytes(gpu.history)
+    row = [" ".join(flags), processes, *(size / GIB for size in (gpu.peak, reserved))]
+    row += [(found.total - outside) / GIB, found.sizes["gaps between tensors"] / GIB]
+    print("|", " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row), "|")
     assert gpu.peak <= reserved <= gpu.peak + found.sizes["gaps between tensors"]
 
 
