@@ -22,7 +22,7 @@ def prepare_gpu() -> None:
     and large scores it has given nan gradients (pytorch#196678), and it plans for half a second
     whenever a length is new. Products of bf16 are added up in fp32 to the last.
     """
-    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its name since torch 2.9
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer of its two names
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -27,9 +27,8 @@ import optimi
 import peft.peft_model
 import torch
 import torch.nn.functional as F
-import torch.nn.utils.clip_grad
 from torch.overrides import TorchFunctionMode
-from torch.utils._foreach_utils import _foreach_supported_types
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -105,11 +104,9 @@ class PretendedGPU:
     reads: Counter = field(default_factory=Counter)  # (file, statement) -> times
     allocated: int = 0
     peak: int = 0
-    live: dict = field(default_factory=dict)  # storage -> (bytes, number, note)
-    at_peak: dict = field(default_factory=dict)  # what was live then
+    live: dict = field(default_factory=dict)  # storage -> (bytes, number)
     history: list = field(default_factory=list)  # (number, bytes): made; (-number, bytes): freed
     recording: bool = False
-    note: str = ""  # a name for what is allocated from here on
     wants_meta: bool = False
 
     def __enter__(self) -> "PretendedGPU":
@@ -131,7 +128,7 @@ class PretendedGPU:
         return total - int(self.context_gib * GIB) - self.allocated, total
 
     def reset_peak(self, device=None) -> None:
-        self.peak, self.at_peak = self.allocated, {}
+        self.peak = self.allocated
 
     def unmarked_reads(self) -> list[str]:
         """The project's statements that read from the device and do not say so."""
@@ -169,14 +166,14 @@ class PretendedGPU:
         if key in self.live:
             return
         number = len(self.history) + 1
-        self.live[key] = (size, number, self.note)
+        self.live[key] = (size, number)
         self.history.append((number, size))
         self.allocated += size
-        self.raise_peak(self.allocated)
+        self.peak = max(self.peak, self.allocated)
         weakref.finalize(storage, self.release, key, number)
 
     def release(self, key: int, number: int) -> None:
-        size, held, _ = self.live.get(key, (0, 0, ""))
+        size, held = self.live.get(key, (0, 0))
         if held == number:
             del self.live[key]
             self.allocated -= size
@@ -186,15 +183,7 @@ class PretendedGPU:
         """Count what a kernel takes for itself while it runs."""
         number = len(self.history) + 1
         self.history += [(number, size), (-number, size)]
-        self.raise_peak(self.allocated + size)
-
-    def raise_peak(self, level: int) -> None:
-        if level > self.peak:
-            if level > 1.005 * self.peak:
-                self.at_peak = Counter()
-                for size, _, note in self.live.values():
-                    self.at_peak[note] += size
-            self.peak = level
+        self.peak = max(self.peak, self.allocated + size)
 
 
 # --- how it is done ---------------------------------------------------------------------------
@@ -278,7 +267,6 @@ class DispatchMode(TorchDispatchMode):
 
     def kept(self, out):
         """Results as tensors of the GPU, their memory counted."""
-
         if isinstance(out, (list, tuple)):
             return type(out)(self.kept(each) for each in out)
         if isinstance(out, torch.Tensor):
@@ -309,7 +297,7 @@ def of_shape(func, args, kwargs, tensors):
     with torch._C._DisableTorchDispatch(), shown_as_meta():
         out = func(*args, **kwargs)
     if key and is_new_memory(out, tensors):
-        SHAPES[key] = looks([out])[0]
+        SHAPES[key] = look(out)
     return out
 
 
@@ -323,15 +311,15 @@ def is_new_memory(out, tensors) -> bool:
 
 
 def looks(arguments) -> tuple:
-    """Each argument with its type, or else 1 and True were one; of tensors what matters."""
-    return tuple(
-        Look(tuple(x.shape), x.stride(), x.dtype)
-        if isinstance(x, torch.Tensor)
-        else looks(x)
-        if isinstance(x, (list, tuple))
-        else (type(x), x)
-        for x in arguments
-    )
+    """What each argument looks like."""
+    return tuple(look(argument) for argument in arguments)
+
+
+def look(x):
+    """Of a tensor what matters, of all else its type as well: 1 and True are not the same."""
+    if isinstance(x, torch.Tensor):
+        return Look(tuple(x.shape), x.stride(), x.dtype)
+    return looks(x) if isinstance(x, (list, tuple)) else (type(x), x)
 
 
 def made(look):
@@ -485,11 +473,7 @@ def patches(gpu: PretendedGPU) -> list:
         mock.patch.object(adam, "_default_to_triton", lambda params: params[0].is_cuda),
         mock.patch.object(adam, "_triton_adam", lambda params, *_, **__: None),
         mock.patch.object(optimi.optimizer, "HAS_TRITON", True),
-        mock.patch.object(
-            torch.utils._foreach_utils,
-            "_foreach_supported_types",
-            _foreach_supported_types.append(DeviceTensor) or _foreach_supported_types,
-        ),
+        mock.patch.object(_foreach_utils, "_foreach_supported_types", [torch.Tensor, DeviceTensor]),
     ]
 
 

@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
 
 import gpu as gpu_benchmark  # noqa: E402
 import growth  # noqa: E402
+import peers  # noqa: E402
 import random_checkpoint  # noqa: E402
 
 
@@ -110,8 +111,9 @@ def test_a_random_checkpoint_is_measured_like_any_other(tmp_path, capsys):
     assert picture.exists()
 
 
-def test_the_naive_peer_runs():
-    (line,) = run("benchmarks/peers.py", "naive", "--steps", "1").splitlines()
+def test_the_naive_peer_runs(capsys):
+    peers.main(["naive", "--steps", "1"])
+    (line,) = capsys.readouterr().out.splitlines()
     step = json.loads(line)
     assert step["completion_tokens"] > 64
     assert step["prompt_tokens"] == 104

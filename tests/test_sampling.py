@@ -233,8 +233,8 @@ def test_random_numbers_are_a_function_of_seed_and_step():
 
 
 def test_drawn_tokens_follow_the_softmax(model, prompts):
-    """The first token of 40,000 rows of one prompt, over the 4 likeliest words and the rest."""
-    rows, temperature = 40_000, 1.5
+    """The first token of 20,000 rows of one prompt, over the 4 likeliest words and the rest."""
+    rows, temperature = 20_000, 1.5
     sampler = make_sampler(model, max_new_tokens=1)
     generator = torch.Generator().manual_seed(0)
     drawn = sampler.generate(
@@ -440,7 +440,7 @@ def test_a_compiled_layer_that_is_wrong_is_noticed(at_first_step, monkeypatch, w
 
 
 def test_more_shapes_than_the_compiler_allows(model, prompts, monkeypatch):
-    """Evaluation, or a program that varies the group: more than 8 of them in one process."""
+    """A program that varies the group: more than 8 in one process would be refused."""
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
     monkeypatch.setattr(sampling, "Recording", Replayed)
     monkeypatch.setattr(fastpath, "VERDICTS", {})
@@ -449,11 +449,11 @@ def test_more_shapes_than_the_compiler_allows(model, prompts, monkeypatch):
         sampling, "compile_layer", lambda: torch.compile(sampling.call_layer, **options)
     )
     torch.compiler.reset()
-    limit = torch._dynamo.config.recompile_limit
-    for group_size in range(1, limit + 2):
-        sampler = make_sampler(model, max_new_tokens=2)
-        sampler.generate(prompts[:1], group_size=group_size, temperature=0.0)
-        assert sampler.run_layer is not sampling.call_layer
+    with torch._dynamo.config.patch(recompile_limit=2):  # else 8
+        for group_size in (1, 2, 3, 4):
+            sampler = make_sampler(model, max_new_tokens=2)
+            sampler.generate(prompts[:1], group_size=group_size, temperature=0.0)
+            assert sampler.run_layer is not sampling.call_layer
 
 
 class Stream:
