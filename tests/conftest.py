@@ -1,6 +1,7 @@
 """A small random Qwen2.5-VL in fp64, and stock transformers as the reference beside it."""
 
 import copy
+import os
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,11 @@ from rewards import SYSTEM_MESSAGE, make_prompt
 from sampling import call_layer
 from scoring import completion_logprobs
 from shapes import ShapeSpec, make_example
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # of each process that a test starts, and of each that runs tests
+)
+torch.set_num_threads(1)
 
 TINY = str(Path(__file__).resolve().parent.parent / "tiny")
 
