@@ -358,11 +358,17 @@ def statement() -> tuple[str, str]:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path != Path(__file__):
+        if is_the_projects(path):
             first, last = lines_of(frame)
             return path.name, "".join(getline(str(path), n) for n in range(first, last + 1)).strip()
         frame = frame.f_back
     return "", ""
+
+
+def is_the_projects(path: Path) -> bool:
+    """Whether a file is one of the project's own, wherever its environment is."""
+    installed = "site-packages" in path.parts
+    return path.is_relative_to(ROOT) and not installed and path != Path(__file__)
 
 
 def lines_of(frame) -> tuple[int, int]:
