@@ -196,7 +196,8 @@ def trust_attention(config, like: Tensor) -> None:
     To be called before the first layer runs: `fastpath.trusted` says why.
     """
     if like.is_cuda:
-        trusted(FLASH, lambda: check_suffix_attention(config, like))
+        if like.dtype != torch.float32:  # which the flash kernel does not know
+            trusted(FLASH, lambda: check_suffix_attention(config, like))
         trusted(DECODING, lambda: check_one_token_attention(config, like))
 
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from checkpoint import checkpoints_of
 from fastpath import prepare_gpu
+from grpo import is_out_of_memory
 from parallel import process_count, process_index
 from policy import ModelError, encode, load, place, stop_ids
 from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
@@ -331,7 +331,9 @@ def main(arguments: list[str] | None = None) -> None:
     progress = tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False)
     try:
         report(list(progress), spec, args)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         parser.error("out of GPU memory. Less is taken with --batch-size, --max-new-tokens")
 
 

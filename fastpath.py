@@ -15,7 +15,8 @@ VERDICTS: dict[str, bool] = {}  # of the forms that have been checked
 
 
 def prepare_gpu() -> None:
-    """Choose what torch leaves to its user, before a GPU is first asked for anything.
+    """Choose what torch leaves to its user, before a GPU is first asked for anything: torch reads
+    the allocator's settings then.
 
     Memory comes from one range that grows: the holes that a step's activations leave would
     otherwise fit nothing else. Attention is not cuDNN's, which torch prefers on Hopper: with a mask

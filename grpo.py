@@ -287,8 +287,9 @@ def within_memory(work: Callable[..., T], *arguments, passes: Passes, **options)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a GPU's memory has run out: torch's own, or a library's for its workspace."""
-    return isinstance(error, torch.OutOfMemoryError) or "_ALLOC_FAILED" in str(error)
+    """Return whether a GPU's memory has run out, in torch or in a library's workspace."""
+    told = any(words in str(error) for words in ("out of memory", "_ALLOC_FAILED"))
+    return isinstance(error, torch.OutOfMemoryError) or told
 
 
 def update(

@@ -87,6 +87,7 @@ UPDATE_KNOBS = ("loss", "inner_epochs", "temperature", "beta", "clip_eps", "clip
 UPDATE_KNOBS += ("max_grad_norm", "max_new_tokens")
 WORKER_TIMEOUT_S = 300  # a worker that could not hand over its batch would be waited for forever
 RUNS_ANYWHERE = "What runs here: python main.py --preset tiny"
+NO_ROOM = "What finds no room is left out. Less: --no-save-optimizer (no resuming)"
 NOTHING = "nothing that takes a few flags only"
 ADAM_EPS = 1e-8  # the gradient of one of 8 billion weights is about 1e-5 after clipping
 
@@ -546,18 +547,19 @@ def report_needs(config: Config, folder: Path) -> bool:
     print(
         f"{config.model} in {work.dtype} on {work.device}: {work.prompts_per_step} prompts x "
         f"{work.group_size} completions of up to {work.max_new_tokens} tokens, "
-        f"{work.micro_batch} prompts per backward pass"
+        f"{work.prompts_in_a_pass} prompts per backward pass"
         + (f", each of {work.processes} processes" if work.processes > 1 else "")
     )
     print(table(found))
     print(f"  {'free':<40}" + (f"{free / GIB:>9.2f} GiB" if has_device else "   no CUDA GPU found"))
-    print(disk_needs(config, folder)[0])
+    needs, has_room = disk_needs(config, folder)
+    print(needs if has_room else f"{needs}. {NO_ROOM}")
     if has_device and found.total <= free:
         print("It fits.")
     elif has_device:
         print(f"It does not fit. What would: {what_would_fit(work, free) or NOTHING}")
     else:
-        print(f"It takes a CUDA GPU with {found.total / GIB:.0f} GiB free. {RUNS_ANYWHERE}")
+        print(f"It takes a CUDA GPU with {math.ceil(found.total / GIB)} GiB free. {RUNS_ANYWHERE}")
     return has_device and found.total <= free
 
 
@@ -618,7 +620,7 @@ def main(arguments: list[str] | None = None) -> None:
     everyone([])  # all wait until the main one has made the folder, or cut its lines
     needs, has_room = disk_needs(config, folder)
     if not has_room:
-        print(f"{needs}. What finds no room is left out. Less: --no-save-optimizer (no resuming)")
+        print(f"{needs}. {NO_ROOM}")
     run_to_the_end(config, loaded, log, optimizer=optimizer, steps_done=steps_done)
     print(f"{folder}: done. Next: python plot_rewards.py {folder} ; python evaluate.py {folder}")
 
@@ -682,7 +684,8 @@ def run_to_the_end(config: Config, loaded: Loaded, log: RunLog, **state) -> None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        work, found = work_of(config), estimate(work_of(config), free=None)
+        work = dataclasses.replace(work_of(config), micro_batch=1)  # smaller passes were tried
+        found = estimate(work, free=None)
         tenth = (found.total - found.sizes["libraries"]) // 10
         less = what_would_fit(work, found.total - tenth) or NOTHING
         problem = f"out of GPU memory. What takes a tenth less: {less}"

@@ -64,8 +64,8 @@ from scoring import completion_logprobs
 TOKEN = "ms a token"  # a decoding step of all rows
 ROLLOUT = "images, prompts, decoding"
 REFERENCE = "reference"
-UPDATE = "policy, log-probs, their gradients"
-OPTIMIZER = "7. clip and AdamW"
+UPDATE = "policy, log-probs, gradients, clip"
+OPTIMIZER = "7. AdamW"
 TEXT_TOKENS = 129  # of a prompt, with Qwen's vocabulary
 
 
@@ -177,14 +177,14 @@ def floors_ms(shape: Shape, card: Card) -> dict[str, float]:
     filled = shape.rows * (shape.prompt_length + shape.longest / 2)
     token = 2 * (layers + head) + 2 * 2 * text.num_hidden_layers * keys * filled
     prompts = 2 * (layers * shape.prompts * shape.prompt_length + tower * patches)
-    decoding = 1e3 * token / card.bytes_per_s
+    decoding, trained = 1e3 * token / card.bytes_per_s, trained_parameters(shape)
     return {
         TOKEN: decoding,
         ROLLOUT: 1e3 * prompts / card.flops_per_s + (shape.longest - 1) * decoding,
         REFERENCE: 1e3 * forward / card.flops_per_s,
-        UPDATE: 1e3 * update / card.flops_per_s,
-        # its norm is read once; AdamW reads five tensors and writes four
-        OPTIMIZER: 1e3 * (2 + 18) * trained_parameters(shape) / card.bytes_per_s,
+        # and the gradients are read once for their norm
+        UPDATE: 1e3 * (update / card.flops_per_s + 2 * trained / card.bytes_per_s),
+        OPTIMIZER: 1e3 * 18 * trained / card.bytes_per_s,  # five tensors are read, four written
     }
 
 
@@ -462,7 +462,10 @@ def check_longest(bench: Bench) -> None:
 
 
 def whole_step(bench: Bench) -> None:
-    """A step as main.py takes it: phases beside their floors, and peak memory. Also 7."""
+    """A step as main.py takes it: phases beside their floors, and peak memory. Also 7.
+
+    Key-value slots are for the longest completion; main.py has them for --max-new-tokens.
+    """
     shape, policy = bench.shape, bench.model
     loaded = bench.loaded
     if loaded.adapter is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peers import Task, add_flags, task_of
-from step import PHASES, own_steps
+from step import PHASES, own_steps, prepare_gpu
 
 GROUP_SIZES = (4, 8, 16, 32, 64)
 LENGTHS = (16, 32, 64, 128, 256)
@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE")
     add_flags(parser, Task(prompts=4, max_new_tokens=32))
     args = parser.parse_args(arguments)
+    prepare_gpu()
     base, measured = task_of(args), {}
     for name in varied:
         tasks = {value: replace(base, **{name: value}) for value in getattr(args, f"{name}s")}

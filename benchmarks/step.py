@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main as trainer  # noqa: E402
+from fastpath import prepare_gpu  # noqa: E402
 from grpo import Passes  # noqa: E402
 from policy import load  # noqa: E402
 
@@ -128,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
     add_flags(parser)
     args = parser.parse_args(arguments)
+    prepare_gpu()
     task = task_of(args)
     if args.own_process:
         for step in own_steps(task, args.steps):

@@ -47,6 +47,13 @@ READS_A_SHAPE = {  # operators that must know values to know the shape of their 
     aten._unique2.default,
     aten.unique_dim.default,
 }
+INDEXED = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default}
 FAST_FORMS = {  # all that is checked before it is trusted
     sampling.COMPILED,
     sampling.RECORDED,
@@ -106,11 +113,14 @@ class PretendedGPU:
     peak: int = 0
     live: dict = field(default_factory=dict)  # storage -> (bytes, number)
     history: list = field(default_factory=list)  # (number, bytes): made; (-number, bytes): freed
+    uploads: Counter = field(default_factory=Counter)  # the same, to the device, the host waiting
     recording: bool = False
     wants_meta: bool = False
 
     def __enter__(self) -> "PretendedGPU":
         self.stack = ExitStack()
+        self.stack.callback(torch.backends.cuda.enable_cudnn_sdp, False)
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as torch comes
         for patch in patches(self):
             self.stack.enter_context(patch)
         self.stack.enter_context(FunctionMode(self))
@@ -141,6 +151,11 @@ class PretendedGPU:
         if self.recording:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.reads[statement()] += 1
+
+    def upload(self, non_blocking: bool = False) -> None:
+        """The host has sent values."""
+        if not non_blocking:
+            self.uploads[statement()] += 1
 
     def value(self, tensor: torch.Tensor) -> bool | int | float:
         if tensor.dtype == torch.bool:
@@ -207,6 +222,9 @@ class FunctionMode(TorchFunctionMode):
             kwargs["device"] = elsewhere(wanted)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META != wanted:
             return func(*args, **kwargs | {"device": "cpu"}).to(META)  # values: made on the host
+        generator = kwargs.get("generator")
+        if generator is not None and isinstance(args[0], DeviceTensor) != generator.of_the_gpu:
+            raise RuntimeError(f"{func}: expected a generator of the tensor's device")
         before = self.gpu.wants_meta
         self.gpu.wants_meta = wanted is not None and torch.device(wanted).type == "meta"
         try:
@@ -236,6 +254,7 @@ class DispatchMode(TorchDispatchMode):
         device = kwargs.get("device")
         if device is not None and device.type == "meta" and not self.gpu.wants_meta:
             if func is aten._to_copy.default:  # from the host
+                self.gpu.upload(kwargs.get("non_blocking", False))
                 return self.kept(torch.empty_like(args[0], dtype=kwargs.get("dtype"), device=META))
             return self.kept(func(*args, **kwargs))
         return func(*args, **kwargs)
@@ -247,8 +266,10 @@ class DispatchMode(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             self.gpu.read(args[0])
             return self.gpu.value(args[0])
-        if func in READS_A_SHAPE or (func is aten.index.Tensor and has_mask(args[1])):
+        if func in READS_A_SHAPE or (func in INDEXED and has_mask(args[1])):
             raise RuntimeError(f"{func} on the device: its shape depends on values")
+        if func in PRODUCTS and len({tensor.dtype for tensor in tensors}) > 1:
+            raise RuntimeError(f"{func}: expected all tensors to have one dtype")
         if func is aten.equal.default:
             self.gpu.read(args[0])
             return True
@@ -259,6 +280,8 @@ class DispatchMode(TorchDispatchMode):
         if func is aten.copy_.default and on_host:
             if not isinstance(args[0], DeviceTensor):
                 self.gpu.read(args[1])
+            else:
+                self.gpu.upload(*args[2:], **kwargs)
             return args[0]
         out = of_shape(func, args, kwargs, tensors)
         if hidden := hidden_bytes(func, args):
@@ -383,11 +406,17 @@ class LowerRight(tuple):
 def attend(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
     """The kernel that torch picks on a GPU without cuDNN's: aten's sdp_utils.cpp.
 
+    With cuDNN's it would be another one: `fastpath.prepare_gpu` has not been called.
+
     Flash attention without a mask, and with the lower-right one that torch knows by name; with any
     other mask the memory-efficient kernel, which knows no shared key heads.
     """
+    if torch.backends.cuda.cudnn_sdp_enabled():
+        raise RuntimeError("attention by cuDNN")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     inputs, causal = (query, key, value), is_causal or isinstance(attn_mask, LowerRight)
+    if isinstance(attn_mask, LowerRight) and query.dtype == torch.float32:
+        raise RuntimeError("flash attention knows no fp32: torch would write out all scores")
     if attn_mask is None or isinstance(attn_mask, LowerRight):
         return aten._scaled_dot_product_flash_attention(*inputs, 0.0, causal, scale=scale)[0]
     if key.shape[1] != query.shape[1]:
@@ -421,9 +450,9 @@ def hidden_bytes(func, args) -> int:
 # --- torch.cuda, and what cannot run without a GPU --------------------------------------------
 
 
-def patches(gpu: PretendedGPU) -> list:
-    """All of torch that is another one while there is a pretended GPU."""
-    cuda = {
+def of_cuda(gpu: PretendedGPU) -> dict:
+    """What torch.cuda does."""
+    return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
@@ -442,6 +471,10 @@ def patches(gpu: PretendedGPU) -> list:
         "CUDAGraph": Graph,
         "graph": lambda graph, **options: recording(gpu),
     }
+
+
+def patches(gpu: PretendedGPU) -> list:
+    """All of torch that is another one while there is a pretended GPU."""
     accelerator = {
         "is_available": lambda: True,
         "current_accelerator": lambda *_, **__: torch.device("cuda"),
@@ -459,7 +492,7 @@ def patches(gpu: PretendedGPU) -> list:
         # Module.to changes parameters as it does between CPU and GPU: tied ones stay tied
         mock.patch.object(torch.__future__, "_swap_module_params_on_conversion", True),
         mock.patch.object(F, "scaled_dot_product_attention", attention_of),
-        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.multiple(torch.cuda, **of_cuda(gpu)),
         mock.patch.multiple(torch.accelerator, **accelerator),
         mock.patch.object(torch._C, "_cuda_endAllocateToPool", lambda *_: None, create=True),
         mock.patch.object(torch.Tensor, "pin_memory", pin_memory),
@@ -503,7 +536,9 @@ class HostGenerator(torch.Generator):
     """Random numbers for any device: what they make on the GPU has no values."""
 
     def __new__(cls, device="cpu"):
-        return super().__new__(cls, "cpu")
+        made = super().__new__(cls, "cpu")
+        made.of_the_gpu = torch.device(device).type == "cuda"
+        return made
 
 
 def pin_memory(tensor: torch.Tensor, device=None) -> torch.Tensor:

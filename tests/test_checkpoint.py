@@ -69,6 +69,15 @@ def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path,
         assert torch.equal(one["exp_avg_sq"], two["exp_avg_sq"])
 
 
+def test_which_kernel_updates_is_a_matter_of_the_machine_that_resumes(tmp_path):
+    loaded, optimizer = trained("bfloat16")
+    optimizer.param_groups[0]["triton"] = True
+    saved = save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **PARTS)
+    again, other = fresh("bfloat16")
+    restore(saved, again, other)
+    assert other.param_groups[0]["triton"] is False
+
+
 def test_weights_are_restored_in_place(tmp_path):
     loaded, optimizer = trained()
     saved = save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **PARTS)

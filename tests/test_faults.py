@@ -433,6 +433,7 @@ def test_memory_that_runs_out_where_no_smaller_pass_helps(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stop:
         start(tmp_path, "full")
     assert re.search(r"out of GPU memory\. What takes a tenth less: --[a-z-]+ \w+", stop.value.code)
+    assert "--micro-batch" not in stop.value.code
     assert "--resume" in stop.value.code
 
 

@@ -5,6 +5,7 @@ last file; that no tensor is on the wrong side; where, and how often, the host w
 """
 
 import json
+import os
 import sys
 import warnings
 from collections import Counter
@@ -46,9 +47,15 @@ RUNS = {
 def on_gpu(work, *arguments, **options) -> PretendedGPU:
     """Do some work on a pretended GPU, on which nothing may be slower than it could be."""
     fastpath.VERDICTS.clear()
-    with warnings.catch_warnings(), PretendedGPU(**options) as gpu:
+    with (
+        mock.patch.dict(os.environ, clear=False),
+        warnings.catch_warnings(),
+        PretendedGPU(**options) as gpu,
+    ):
+        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         warnings.filterwarnings("error", message="slower without")
         work(list(arguments))
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     gpu.verdicts = dict(fastpath.VERDICTS)
     fastpath.VERDICTS.clear()
     return gpu
@@ -92,12 +99,14 @@ def test_where_the_host_waits_the_line_says_so(runs, name):
 
 def test_how_often_the_host_waits_in_a_step(flags, tmp_path):
     """By statement, in the second of two steps, when all forms have been checked."""
-    reads = []
+    reads, uploads = [], []
     for steps in ("1", "2"):
         more = ["--runs", str(tmp_path), "--name", steps, "--steps", steps]
         gpu = on_gpu(main.main, *flags, *more, rows_finish=False)
         reads.append(gpu.reads)
+        uploads.append(gpu.uploads)
     of_a_step = Counter({text.splitlines()[0]: n for (_, text), n in (reads[1] - reads[0]).items()})
+    assert uploads[0] == uploads[1]  # it waits for none of what a step sends
     assert of_a_step == {
         "if self.finished.all():  # host sync": 2,  # of 20 tokens, after 8 and 16
         "lengths = mask.sum(1).tolist()  # host sync": 1,
@@ -134,6 +143,13 @@ def test_a_model_is_warmed_up(flags, tmp_path):
     gpu = on_gpu(cold_start.main, "--model", flags[-1], "--out", str(tmp_path / "warm"), *some)
     assert gpu.unmarked_reads() == []
     assert (tmp_path / "warm" / "model.safetensors").exists()
+
+
+def test_weights_in_fp32(flags, tmp_path):
+    """Flash attention and AdamW's kernel are for bf16."""
+    gpu = on_gpu(main.main, *flags, "--dtype", "float32", "--runs", str(tmp_path))
+    checked = {sampling.COMPILED, sampling.RECORDED, attention.DECODING}
+    assert gpu.verdicts == dict.fromkeys(checked, True)
 
 
 # --- fast forms ---------------------------------------------------------------------------
@@ -222,11 +238,19 @@ def test_the_gpu_takes_tensors_and_gives_back_what_has_no_value():
         lambda x: torch.cat([x, torch.ones(1)]),
         lambda x: x.index_select(0, torch.tensor([1])),
         lambda x: x[x > 0],
+        lambda x: x.__setitem__(x > 0, x[0]),
+        lambda x: x.uniform_(generator=torch.Generator("cpu")),
+        lambda x: x[None] @ x.bfloat16()[:, None],
         lambda x: x.nonzero(),
     ],
 )
-def test_the_gpu_refuses_what_is_on_the_other_side_or_has_no_known_shape(wrong):
-    with PretendedGPU(), pytest.raises(RuntimeError, match=r"same device|depends on values"):
+def test_the_gpu_refuses_what_a_gpu_refuses_and_what_has_no_known_shape(wrong):
+    with (
+        PretendedGPU(),
+        pytest.raises(
+            RuntimeError, match=r"same device|depends on values|tensor's device|one dtype"
+        ),
+    ):
         wrong(torch.ones(4, device="cuda"))
 
 

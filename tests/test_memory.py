@@ -15,6 +15,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 import fastpath
 import sampling
 import scoring
+from fastpath import prepare_gpu
 from grpo import Passes
 from main import make_optimizer, make_sampler, take_step, work_of
 from memory import (
@@ -140,6 +141,7 @@ def step_on_gpu(flags: list[str], *, gib: float, processes: int = 1, **lengths) 
         mock.patch.dict(fastpath.VERDICTS, dict.fromkeys(FAST_FORMS, True)),
         mock.patch.object(sampling, "FINISHED_CHECK_EVERY", 2),  # a token more takes no more memory
     ):
+        prepare_gpu()
         loaded = random_model(config)
         optimizer = make_optimizer(config, part_of(loaded.policy, processes))
         for parameter in optimizer.param_groups[0]["params"]:  # as after the first step
@@ -167,7 +169,9 @@ def random_model(config) -> Loaded:
     if config.lora_rank:
         adapter = add_adapter(policy, config.model, config.lora_rank, seed=0)
         return Loaded(policy.to("cuda"), None, processor, adapter)
-    return Loaded(policy, copy.deepcopy(policy).requires_grad_(False), processor)
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
+    policy.model.visual.requires_grad_(not config.freeze_vision)
+    return Loaded(policy, reference, processor)
 
 
 def part_of(policy, processes: int) -> torch.nn.Module:

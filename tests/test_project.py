@@ -27,7 +27,7 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "memory": {"policy", "scoring"},
     "evaluate": {
         *("policy", "sampling", "rewards", "shapes", "runlog", "checkpoint", "parallel"),
-        "fastpath",
+        *("fastpath", "grpo"),
     },
     "cold_start": {"policy", "scoring", "rewards", "shapes", "fastpath"},
     "config": {"grpo", "policy", "rewards", "runlog", "shapes"},
