@@ -56,10 +56,14 @@ def is_trusted(name: str) -> bool:
 
 
 def relative_difference(fast: Tensor, slow: Tensor) -> float:
-    """Return |fast - slow| / |slow| (Euclidean, over all elements), infinite if that is nan."""
+    """Return |fast - slow| / |slow| (Euclidean, over all elements), infinite if that is nan.
+
+    Zero where they are equal, also if both are zero.
+    """
     slow = slow.detach().double()
-    difference = (fast.detach().double() - slow).norm() / slow.norm()
-    return difference.nan_to_num(torch.inf).item()  # host sync, once
+    distance = (fast.detach().double() - slow).norm()
+    difference = torch.where(distance == 0, 0.0, distance / slow.norm())
+    return difference.nan_to_num(torch.inf, posinf=torch.inf).item()  # host sync, once
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ def test_the_relative_difference_by_hand():
     slow = torch.tensor([3.0, 4.0])
     assert relative_difference(torch.tensor([3.0, 4.5]), slow) == pytest.approx(0.1)
     assert relative_difference(slow, slow) == 0.0
+    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert relative_difference(slow, torch.zeros(2)) == torch.inf
+    assert relative_difference(torch.full((2,), torch.nan), torch.zeros(2)) == torch.inf
     assert relative_difference(torch.tensor([3.0, torch.nan]), slow) == torch.inf
 
 
