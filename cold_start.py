@@ -266,7 +266,8 @@ def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None
     """Train the policy in place on synthetic answers: cross-entropy over all answer tokens."""
     model = loaded.policy
     triton = trust_triton(next(model.parameters()))
-    optimizer = optimi.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, triton=triton)
+    options = {"lr": args.lr, "betas": (0.9, 0.99), "weight_decay": 0.01, "triton": triton}
+    optimizer = optimi.AdamW(model.parameters(), **options)
     lessons = DataLoader(
         Lessons(spec, loaded.processor, args),
         sampler=range(args.steps),

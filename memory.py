@@ -118,7 +118,7 @@ def held(work: Work) -> dict[str, int]:
 
 
 def at_least(work: Work) -> int:
-    """Return what no flag but those of `work` can make less: counted exactly."""
+    """Return what is in memory together when the weights are updated: counted exactly."""
     return sum(held(work).values()) + trained_bytes(work)
 
 
@@ -151,11 +151,7 @@ def moments(work: Work, kept: int) -> dict[str, dict[str, int]]:
     by_now = [words + in_layers * kept // layers, words + in_layers]  # at the first, the last
     parts = {
         "of the log-probs": (earlier, head_bytes(work), kept * activations + inputs),
-        "of the first layer that runs again": (
-            max(earlier, by_now[0]),
-            0,
-            inputs + live,
-        ),
+        "of the first layer that runs again": (max(earlier, by_now[0]), 0, inputs + live),
         "of the first layer": (max(earlier, by_now[1]), 0, live),
         "of the embeddings": (whole + 2 * words, 0, 0),  # prompts' and completions', and their sum
         "of the vision tower": (trained_bytes(work), 0, 0),

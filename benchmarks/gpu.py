@@ -45,6 +45,7 @@ from checkpoint import save_share
 from config import Config
 from fastpath import check_matmul, matmul_fp32, prepare_gpu, relative_difference, trust_triton
 from grpo import Passes, Rollout, score_reference, update
+from memory import TEXT_TOKENS
 from policy import (
     GIB,
     Loaded,
@@ -66,7 +67,6 @@ ROLLOUT = "images, prompts, decoding"
 REFERENCE = "reference"
 UPDATE = "policy, log-probs, gradients, clip"
 OPTIMIZER = "7. AdamW"
-TEXT_TOKENS = 129  # of a prompt, with Qwen's vocabulary
 
 
 @dataclass(frozen=True)

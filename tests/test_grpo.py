@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import optimi
@@ -427,6 +428,14 @@ def test_the_reference_is_scored_in_smaller_passes_too(loaded, prompts, monkeypa
     assert [size for size, _ in seen] == [2, 1, 1, 1, 1]
 
 
+def failing_once(loaded, prompts, monkeypatch, error):
+    """The passes that are tried, and a call that scores the reference, whose second pass fails."""
+    failing, seen = out_of_memory(1, grpo.completion_logprobs, error)
+    monkeypatch.setattr(grpo, "completion_logprobs", failing)
+    rollout, options = collect(loaded, prompts), {"passes": Passes(2), "temperature": 0.8}
+    return seen, partial(score_reference, loaded.reference, rollout, **options)
+
+
 @pytest.mark.parametrize("error", NO_WORKSPACE)
 def test_a_library_without_room_for_its_workspace_is_out_of_memory(
     loaded, prompts, monkeypatch, error
@@ -437,22 +446,16 @@ def test_a_library_without_room_for_its_workspace_is_out_of_memory(
         raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", no_emptying)
-    failing, seen = out_of_memory(1, grpo.completion_logprobs, error)
-    monkeypatch.setattr(grpo, "completion_logprobs", failing)
+    seen, score = failing_once(loaded, prompts, monkeypatch, error)
     with pytest.warns(UserWarning, match="out of memory"):
-        score_reference(
-            loaded.reference, collect(loaded, prompts), passes=Passes(2), temperature=0.8
-        )
+        score()
     assert len(seen) == 5
 
 
 def test_other_errors_are_not_taken_for_it(loaded, prompts, monkeypatch):
-    failing, seen = out_of_memory(1, grpo.completion_logprobs, RuntimeError("shapes differ"))
-    monkeypatch.setattr(grpo, "completion_logprobs", failing)
+    seen, score = failing_once(loaded, prompts, monkeypatch, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        score_reference(
-            loaded.reference, collect(loaded, prompts), passes=Passes(2), temperature=0.8
-        )
+        score()
     assert len(seen) == 2
 
 
