@@ -147,7 +147,7 @@ def moments(work: Work, kept: int) -> dict[str, dict[str, int]]:
     activations, earlier = layer_bytes(work), earlier_gradients(work)
     live = int((LIVE if work.trains_all else LIVE_ADAPTED) * activations)
     whole, words = trained_bytes(replace(work, freeze_vision=True)), vocabulary_bytes(work)
-    in_layers = whole - words * (1 if text.tie_word_embeddings else 2)
+    in_layers = whole - words * (1 if work.config.tie_word_embeddings else 2)
     by_now = [words + in_layers * kept // layers, words + in_layers]  # at the first, the last
     parts = {
         "of the log-probs": (earlier, head_bytes(work), kept * activations + inputs),

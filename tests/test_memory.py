@@ -1,6 +1,7 @@
 """memory.py: the foreseen sizes are those of the tensors that a run makes."""
 
 import copy
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from memory import (
     cache_bytes,
     estimate,
     held,
+    moments,
     table,
     trained_bytes,
     what_would_fit,
@@ -124,6 +126,33 @@ def test_the_default_run_by_hand():
     assert sizes["optimizer"] == 3 * weights  # two moments and the compensation, bf16
     assert sizes["key-value cache"] == 32 * 712 * 28 * 2 * 4 * 128 * 2
     assert sum(sizes.values()) < at_least(DEFAULT) < estimate(DEFAULT, free=None).total
+
+
+PUBLISHED = {  # how the hub's config.json is laid out: the language model's fields on top
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
+}
+PUBLISHED["vision_config"] |= {"out_hidden_size": 64, "patch_size": 14}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_in_the_published_layout_is_foreseen(tmp_path, tied):
+    """At the first layer all gradients are there but the tower's and untied embeddings'."""
+    config = PUBLISHED | {"tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    work = work_of(config_of("--model", str(tmp_path), "--device", "cuda"))
+    gradients = moments(work, kept=0)["of the first layer"]["gradients"]
+    without_tower = trained_bytes(replace(work, freeze_vision=True))
+    assert gradients == without_tower - (0 if tied else 2 * 1000 * 64)
+    assert estimate(work, free=None).total > at_least(work)
 
 
 # --- the peak, counted ----------------------------------------------------------------------
