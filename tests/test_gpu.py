@@ -4,6 +4,7 @@ Nothing is computed there. What is seen: that the host's side works, from the co
 last file; that no tensor is on the wrong side; where, and how often, the host waits for the GPU.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -290,6 +291,12 @@ def test_all_that_a_loader_hands_over_can_be_pinned(processor):
     tensors = [x for prompts in (batch, lesson) for x in vars(prompts).values() if x is not None]
     for tensor in [*tensors, ids]:
         assert torch.equal(pin_memory(tensor), tensor)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_batches_are_pinned_for_a_gpu(processor, device):
+    config = dataclasses.replace(config_of("--preset", "tiny"), device=device)
+    assert main.make_batches(config, processor).pin_memory == (device == "cuda")
 
 
 def test_pinning_refuses_memory_that_elements_share():
