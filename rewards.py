@@ -16,8 +16,41 @@ REASONING_TAGS = ("reasoning", "think")
 MAX_ANSWER_CHARS = 100  # a longer answer is not a number
 
 TWO_DECIMALS = re.compile(r"[0-9]+\.[0-9]{2}")
-NUMBER = re.compile(r"[+-]?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
-AROUND_A_NUMBER = "$~=:;,()[]*"  # "(400)," is read as 400; a full stop is read as a decimal point
+
+# How the number in an answer is found. LaTeX, Markdown and typeset signs first become plain ones:
+PLAIN = (  # pattern, and what stands for it, from top to bottom
+    (r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)"),
+    (r"\{,\}", ","),  # 1{,}200
+    (r"\\(?:boxed|text|textbf|mathrm|mathbf|left|right|quad)(?![A-Za-z])|\\[ ,;:!()\[\]]", " "),
+    (r"[$~`{}\[\]\"\u2018\u2019\u201c\u201d]", " "),
+    (r"(\*{1,3})(?=\S)([^*]+)\1(?![\d*])|\*\*([^*]+\*[^*]+)\*\*", r" \2\3 "),  # **400**
+    (r"²|\*\*\s*2(?![\d.])", "^2"),
+    (r"\\(?:times|cdot)(?![A-Za-z])|\btimes\b|[·\N{MULTIPLICATION SIGN}]", "*"),
+    (r"(?<=[\d)\s])[xX](?=\s*[\d(])", "*"),  # 20 x 20
+    (r"\\div(?![A-Za-z])|÷", "/"),
+    (r"½", "(1/2)"),
+    (r"\\pi(?![A-Za-z])|π", " pi "),
+    (r"\\sqrt(?![A-Za-z])|√", " sqrt "),
+    (r"\\approx(?![A-Za-z])|≈|\bequals\b", "="),
+)
+UNIT = r"(?<![A-Za-z])(?:[Uu]nits?|[cm]?m|in|ft|u|(?:[Cc]enti)?[Mm]eters?)(?![A-Za-z])"
+AREA_UNIT = re.compile(rf"({UNIT}\s*)(?:\^\s*\(?\s*2\s*\)?|2)(?![\d.])")  # loses its exponent
+
+# Then there must be one number, and beside it words that do not change it. What stands before an
+# equals sign must be words too, or a calculation, of which the number is the result.
+WORDS = r"[A-Za-z\s.,;:'()]*"
+CHANGING = re.compile(
+    r"\b(?:half|third|quarter|double|twice|triple|square of|root|hundred|thousand|[mb]illion|k|M"
+    r"|percent|pi|sqrt|plus|minus|negative|not|least|most|more|less|than)\b"
+    r"|\d\s*(?:squared|cubed)\b"
+)
+NUMBER = r"[+-]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?(?:[eE][+-]?\d+)?"
+RESULT = re.compile(rf"{WORDS}(?<![\w.)])({NUMBER})(?:{UNIT}|(?![A-Za-z])){WORDS}", re.ASCII)
+NAMES = "pi|sqrt|length|width|height|base|side|radius|diameter|[bdhlrsw]{1,2}"
+OPERAND = rf"(?<![A-Za-z])(?:(?:{NAMES})(?![A-Za-z])|{UNIT}|[(\d])"
+CALCULATION = re.compile(rf"(?:{OPERAND}|[-+*/^().\s])+", re.ASCII | re.IGNORECASE)
+OPERATION = re.compile(r"[-+*/^]|[\d)]\s*\(\s*\d|pi|sqrt")
+NO_OPERATION = re.compile(r"[-+*/^]\s*(?:[-+*/^]|$)|[\d.)]\s+\d|[A-Za-z]\d")
 
 SYSTEM_MESSAGE = (
     "You read geometric figures off plots. "
@@ -110,23 +143,56 @@ def penalty(predicted: float | None, area: float, *, correctness: str = "linear"
 def parse_area(completion: str) -> float | None:
     """Return the one number in the one answer block, or None. Its format is judged elsewhere.
 
-    Words around the number are passed over; two different answers, or an answer with two numbers,
-    are no answer.
+    Words, units and LaTeX around it are passed over unless they change it, and so is a calculation
+    that it is the result of. Two answer blocks are no answer, nor are two numbers in one, not even
+    equal ones.
 
-    >>> parse_area("<answer>about 1,200.5 square units</answer>")
-    1200.5
-    >>> parse_area("<answer>20 x 20 = 400</answer>") is None
-    True
+    >>> [parse_area(f"<answer>{text}</answer>") for text in ("about 1,200.5 cm²", "20 x 20 = 400")]
+    [1200.5, 400.0]
+    >>> [parse_area(f"<answer>{text}</answer>") for text in ("400 or 500", "20 x 20", "100 pi")]
+    [None, None, None]
     """
     answer = answer_text(completion)
     if answer is None:
         return None
-    words = [word.strip(AROUND_A_NUMBER) for word in answer.split()]
-    numbers = [word for word in words if NUMBER.fullmatch(word)]
-    if len(numbers) != 1:
+    *before, result = plain(answer).split("=")
+    found = RESULT.fullmatch(result)
+    if found is None or CHANGING.search(result):
         return None
-    value = float(numbers[0].replace(",", ""))
+    if not all(is_words(part) or is_calculation(part) for part in before):
+        return None
+    value = float(found[1].replace(",", ""))
     return value if math.isfinite(value) else None  # "1e999" is infinite
+
+
+def plain(answer: str) -> str:
+    r"""Return an answer without what only dresses it.
+
+    >>> plain(r"$\boxed{20\times20=400 \text{ cm}^2}$").split()
+    ['20*20=400', 'cm']
+    """
+    for pattern, sign in PLAIN:
+        answer = re.sub(pattern, sign, answer, flags=re.ASCII)
+    return AREA_UNIT.sub(r"\1 ", answer).strip().rstrip("!")
+
+
+def is_words(text: str) -> bool:
+    """Return whether there are only words in a text, and none that changes a number."""
+    return re.fullmatch(WORDS, text) is not None and CHANGING.search(text) is None
+
+
+def is_calculation(text: str) -> bool:
+    """Return whether a text is arithmetic, perhaps after some words: `The area is 20 * 20`."""
+    start = re.search(OPERAND, text, re.ASCII | re.IGNORECASE)
+    if start is None or not is_words(text[: start.start()]):
+        return False
+    text = text[start.start() :].strip()
+    return (
+        CALCULATION.fullmatch(text) is not None
+        and text.count("(") == text.count(")")
+        and OPERATION.search(text) is not None
+        and NO_OPERATION.search(text) is None
+    )
 
 
 def answer_text(completion: str) -> str | None:
@@ -141,11 +207,17 @@ def answer_text(completion: str) -> str | None:
 def is_strict_xml(completion: str, reasoning_tag: str = "reasoning") -> bool:
     """Return whether the whole completion is one reasoning block, then one answer block.
 
-    White space may stand around and between them, and each tag occurs exactly once. As it does, the
-    pattern below has one place to match each tag, so it cannot backtrack for long.
+    White space may stand around and between them, each tag occurs exactly once, and neither block
+    is empty or only white space. Half a point for saying nothing would be the most that a group of
+    wrong answers could earn, so GRPO would teach silence. What else stands in the blocks is not
+    judged.
+
+    Because each tag occurs once, the pattern below has one place to match it, so it cannot
+    backtrack for long.
     """
     tags = (f"<{reasoning_tag}>", f"</{reasoning_tag}>", "<answer>", "</answer>")
     if any(completion.count(tag) != 1 for tag in tags):
         return False
-    pattern = r"\s*{}.*{}\s*{}.*{}\s*".format(*tags)
-    return re.fullmatch(pattern, completion, re.DOTALL) is not None
+    pattern = r"\s*{}(.*){}\s*{}(.*){}\s*".format(*tags)
+    blocks = re.fullmatch(pattern, completion, re.DOTALL)
+    return blocks is not None and all(block.strip() for block in blocks.groups())

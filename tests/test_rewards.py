@@ -1,8 +1,13 @@
-"""rewards.py: a table of texts, from well-behaved to hostile."""
+"""rewards.py: tables of texts, from well-behaved to hostile."""
+# ruff: noqa: RUF001 - these texts need the signs that look like others
 
 import dataclasses
+import math
+import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rewards import CORRECTNESS, SYSTEM_MESSAGE, make_prompt, parse_area, penalty, score
 
@@ -73,46 +78,262 @@ def test_a_shape_of_the_area_reward_that_is_not_known_is_refused():
         penalty(1.0, 1.0, correctness="cubic")
 
 
+READ = [  # what an answer says, and the number it is paid for
+    ("400", 400.0),
+    ("400.", 400.0),
+    ("400.0", 400.0),
+    ("400.00", 400.0),
+    ("400.00.", 400.0),
+    ("400.00!", 400.0),
+    ("  400.00\n", 400.0),
+    ("+400", 400.0),
+    ("-400", -400.0),
+    ("= -400", -400.0),
+    ("4e2", 400.0),
+    ("4e-2", 0.04),
+    ("1,200.00", 1200.0),
+    ("1,234,567", 1234567.0),
+    # words
+    ("about 400.00.", 400.0),
+    ("~400.00", 400.0),
+    ("approx. 400.00", 400.0),
+    ("So, 400", 400.0),
+    ("the area is 400", 400.0),
+    ("The area is 400.00.", 400.0),
+    ("The area of the square is approximately equal to 400.00 square grid units.", 400.0),
+    ("The shape’s total area is: 400.00", 400.0),
+    ("A rectangle with an area of 400", 400.0),
+    ("400.00 is the area.", 400.0),
+    ("I would say that it comes to some 400.00 in all", 400.0),
+    ("side = 400", 400.0),  # what it is called does not change it
+    ("Area=400.00", 400.0),
+    ("area:400.00", 400.0),
+    ("Area (in square units): 400", 400.0),
+    ("≈400.00", 400.0),
+    ("area =-400", -400.0),
+    # units
+    ("400.00 square units", 400.0),
+    ("400.00 Square Units", 400.0),
+    ("400.00units", 400.0),
+    ("400 grid squares", 400.0),
+    ("400 cells", 400.0),
+    ("400 sq. units", 400.0),
+    ("400 square unit(s)", 400.0),
+    ("400 square meters", 400.0),
+    ("400 units squared", 400.0),
+    ("400 units^2", 400.0),
+    ("400 units**2", 400.0),
+    ("400 u²", 400.0),
+    ("400.00 m", 400.0),
+    ("400.00cm²", 400.0),
+    ("400.00cm2", 400.0),
+    ("400.00 cm^2", 400.0),
+    ("400.00 (cm ²)", 400.0),
+    # quotes, brackets, Markdown
+    ("(400),", 400.0),
+    ("[400.00]", 400.0),
+    ("{400.00}", 400.0),
+    ("'400.00'", 400.0),
+    ('"400.00"', 400.0),
+    ("‘400.00’", 400.0),
+    ("“400.00”", 400.0),
+    ("`400.00`", 400.0),
+    ("*400.00*", 400.0),
+    ("**400.00**", 400.0),
+    ("***400.00***!", 400.0),
+    ("**Area:** 400.00", 400.0),
+    ("**20*20 = 400.00**", 400.0),
+    ('{"area": 400.00}', 400.0),
+    ("{'shape': 'square', 'area': '400.00', 'units': 'square units'}", 400.0),
+    # LaTeX
+    ("$400$", 400.0),
+    ("$$400$$ .", 400.0),
+    (r"\(400.00\)", 400.0),
+    (r"\[400.00\]", 400.0),
+    (r"\boxed{400.00}", 400.0),
+    (r"$\boxed{400.00}$", 400.0),
+    (r"The answer is $\boxed{400.00\,\text{cm}^2}$.", 400.0),
+    (r"\left(\mathbf{400.00}\right)", 400.0),
+    (r"400.00 \text{ cm}^{2}", 400.0),
+    (r"400.00\,\text{square units}", 400.0),
+    (r"400.00\quad\mathrm{units}^2", 400.0),
+    (r"\text{Area} = 400", 400.0),
+    (r"\sqrt{400} \cdot 20 = 400", 400.0),
+    (r"\approx400", 400.0),
+    ("1{,}200.50", 1200.5),
+    # the result of a calculation
+    ("20*20=400.00", 400.0),
+    ("20 x 20 = 400", 400.0),
+    ("20X20=400", 400.0),
+    ("20×20 = 400.00", 400.0),
+    ("20 · 20 = 400.00", 400.0),
+    ("20 * 20 equals 400", 400.0),
+    ("20 cm x 20 cm = 400 cm²", 400.0),
+    ("Area = 20*20 = 400.00", 400.0),
+    ("The area of the square is 20 × 20 = 400.00 square units.", 400.0),
+    ("(20)(20) = 400", 400.0),
+    ("(20+20)/2 * (30 - 10) = 400", 400.0),
+    ("20 × 40 ÷ 2 = 400", 400.0),
+    ("½bh = ½ * 20 * 40 = 400", 400.0),
+    ("(1/2)bh = 400", 400.0),
+    ("Area = Length x Width = 400", 400.0),
+    ("Area = side² = 20**2 = 400", 400.0),
+    (r"20\times20=400", 400.0),
+    (r"20 \cdot 20 = 400", 400.0),
+    (r"\boxed{\frac{1}{2} \times 20 \times 40 = 400}", 400.0),
+    (r"800\div2 = 400", 400.0),
+    ("pi*10^2 = 314.16", 314.16),
+    ("100π ≈ 314.16", 314.16),
+    (r"100\pi \approx 314.16", 314.16),
+    ("A = πr² = π(10)^2 ≈ 314.16", 314.16),
+]
+
+NOT_READ = [
+    # no number
+    "",
+    "   ",
+    "four hundred",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "-1e999",
+    ".5",
+    "9" * 101,
+    "9" * 1_000_000,
+    # not a number in this notation
+    "1,20",
+    "1,2000",
+    "4,00",
+    "0,400",
+    "1 200.50",
+    "1'200.50",
+    "1.200,50",
+    r"1\,200",
+    "4_00",
+    "0x190",
+    "4 e2",
+    "400.00.5",
+    "400..5",
+    "1.2.3",
+    "v1.2",
+    "2024-01-02",
+    "01/02/2024",
+    "12:30",
+    "- 400",
+    "400-",
+    "+-400",
+    "area-400",
+    "(area)-400",
+    "4{00}",
+    r"4\text{00}",
+    # words and signs that change it
+    "half of 400",
+    "the square of 20",
+    "the square root of 400",
+    "4 hundred",
+    "2 thousand",
+    "400k",
+    "400M",
+    "400 M",
+    "20 squared",
+    "(20 cm)^2",
+    r"(20 \text{cm})^{2}",
+    "400 cm³",
+    "400 m^3",
+    "40%",
+    "40 %",
+    r"40\%",
+    "40 percent",
+    "400°",
+    "√400",
+    "400½",
+    "20A",
+    "not 400",
+    "400 or more",
+    "at least 400",
+    "<b>400</b>",
+    # two numbers
+    "400 or 500",
+    "between 390 and 400",
+    "390-400",
+    "390–400",
+    "390~400",
+    "[390, 400]",
+    "400 400.00",
+    "400 ± 5",
+    "400 +- 5",
+    "400 (20 x 20)",
+    "area = 400, side = 20",
+    "side = 20, area = 400",
+    '{"area": 400, "side": 20}',
+    "Figure 1: 400",
+    # not worked out
+    "20^2",
+    "20²",
+    "20**2",
+    "20 ^ {2}",
+    "3/4",
+    r"\frac{400}{1}",
+    r"\sqrt{400}",
+    "20x20",
+    "20x2",
+    "20 × 20",
+    "20*20",
+    "20 times 20",
+    "20*",
+    "*20",
+    "×20",
+    "x20 = 400",
+    "100π",
+    "100 pi",
+    r"100\pi",
+    r"4 \times 10^2",
+    "20*20 =",
+    # no chain of calculations that ends in a number
+    "400 = 400.00",
+    "400=20*20",
+    "400 = 500",
+    "20*20 = 400 = 500",
+    "20*20 = 400, 500",
+    "20*20 400 = 500",
+    "20*20 +- 5 = 400",
+    "400 is 20 squared",
+    "40000 cm² = 4 m²",
+    "40000 (cm²) = 4 (m²)",
+    "500 (20*20 = 400)",
+    r"\boxed{500} (20*20 = 400)",
+    "500 (π(10)^2 = 314.16)",
+    "4x = 400",
+    "4x + 2 = 402",
+    "1,200, 20*20 = 400",
+    "half the area = 200",
+    "area/2 = 200",
+    "area*2 = 800",
+    "2 × area = 800",
+    "2(area) = 800",
+    "area*400",
+    "area * 400",
+    "area != 400",
+    "area =! 400",
+    "area ≠ 400",
+    "area < 400",
+    "area >= 400",
+    "20*20 => 400",
+    r"area \neq 400",
+]
+FOREIGN_DIGITS = [  # "400" in Arabic and in full-width digits, and others
+    "\u0664\u0660\u0660",
+    "\uff14\uff10\uff10",
+    "400\u0660",
+    "400 \u0660",
+    "²",
+    "4²",
+]
+
+
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("400", 400.0),
-        ("400.", 400.0),
-        ("400.0", 400.0),
-        ("400.00", 400.0),
-        ("  400.00\n", 400.0),
-        ("+400", 400.0),
-        ("-400", -400.0),
-        ("4e2", 400.0),
-        ("1,200.00", 1200.0),
-        ("1,234,567", 1234567.0),
-        ("400.00 square units", 400.0),
-        ("about 400.00.", None),  # "400.00." is no number
-        ("the area is 400", 400.0),
-        ("$400$", 400.0),
-        ("(400),", 400.0),
-        ("", None),
-        ("   ", None),
-        ("four hundred", None),
-        ("nan", None),
-        ("inf", None),
-        ("-inf", None),
-        ("1e999", None),
-        ("-1e999", None),
-        ("1,20", None),
-        ("1,2000", None),
-        (".5", None),
-        ("20 x 20 = 400", None),
-        ("400 or 500", None),
-        ("4_00", None),
-        ("0x190", None),
-        ("\u0664\u0660\u0660", None),  # Arabic digits
-        ("\uff14\uff10\uff10", None),  # full-width digits
-        ("²", None),
-        ("9" * 101, None),
-        ("9" * 1_000_000, None),
-        ("<b>400</b>", None),
-    ],
+    ("text", "value"), [*READ, *((text, None) for text in NOT_READ + FOREIGN_DIGITS)]
 )
 def test_which_numbers_are_read(text, value):
     assert parse_area(answer(text)) == value
@@ -121,6 +342,57 @@ def test_which_numbers_are_read(text, value):
     assert -3.0 <= reward.area_correctness <= 3.0
     if value is None:
         assert reward.area_correctness == -3.0
+
+
+# "@" and "#" stand for two different numbers.
+ONE_NUMBER = [
+    *("@", "@.", "-@", "~@", "≈@", "=@", "(@)", "**@**", "`@`", '"@"', "$@$", "\\[@\\]", "@cm²"),
+    *("\\boxed{@}", "@ units^2", "The area is @ square units.", "Area = @", '{"area": @}'),
+    *("20*20 = @", "A = πr² = π(10)^2 ≈ @ \\text{cm}^2", "\\frac{1}{2}\\times20\\times40 = @"),
+]
+TWO_NUMBERS = [
+    *("@ or #", "between @ and #", "@ #", "@\n#", "@; #", "@ (#)", "@(#)", "@-#", "@ - #", "@–#"),
+    *("@/#", "@*#", "@×#", "@ x #", "@^#", "@ ± #", "@ +- #", "@ +/- #", "@~#", "@:#", "@ = #"),
+    *("@ ≈ #", "\\boxed{@} \\boxed{#}", "\\frac{@}{#}", "@\\pi#", "@ cm² = # m²", "@ is #"),
+    *("area = @, side = #", "side = @, area = #", '{"area": @, "side": #}', "area: @ area: #"),
+    *("@ (20*20 = #)", "\\boxed{@}(20*20 = #)", "20*20 = @ = #", "@ = 20*20 = #", "**@** #"),
+]
+HUNDREDTHS = st.integers(0, 10**9)
+FORMATS = st.sampled_from(["{:.2f}", "{:,.2f}", "{:.0f}", "{:,.0f}", "{:.4f}", "{:e}"])
+FIXED = settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+
+
+@FIXED
+@given(HUNDREDTHS, FORMATS, st.sampled_from(ONE_NUMBER))
+def test_in_any_dressing_a_number_is_read_as_it_is_written(hundredths, form, template):
+    number = form.format(hundredths / 100)
+    written = float(number.replace(",", ""))
+    expected = -written if template.startswith("-") else written
+    assert parse_area(answer(template.replace("@", number))) == expected
+
+
+@FIXED
+@given(HUNDREDTHS, HUNDREDTHS, FORMATS, st.sampled_from(TWO_NUMBERS))
+def test_of_two_numbers_none_is_read(first, second, form, template):
+    numbers = [form.format(hundredths / 100) for hundredths in (first, second)]
+    text = template.replace("@", numbers[0]).replace("#", numbers[1])
+    assert parse_area(answer(text)) is None
+
+
+PIECES = [
+    *"4.,=*²(){}[]\\πx×%~$!mMaA:+-/'\"±_٤ \n",
+    *("20", "400.00", "7.5", "1,200", "e2", "**", "^", "^2", "\\text{", "\\frac", "\\sqrt", "\\pi"),
+    *("pi", " cm", " square", " units", "area", " of ", " is ", " or ", " squared", "half "),
+]
+
+
+@FIXED
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | st.text())
+def test_a_number_that_is_read_stands_in_the_answer(text):
+    value = parse_area(answer(text))
+    literals = re.findall(r"[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?", text.replace(",", ""))
+    assert value is None or value in map(float, literals)
+    assert value is None or math.isfinite(value)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +424,12 @@ def test_two_decimals(text, rewarded):
         (GOOD, True),
         (f" \n{GOOD}\n ", True),
         ("<reasoning>a\nb < c</reasoning>\n\n<answer>400</answer>", True),
-        ("<reasoning></reasoning><answer></answer>", True),
+        ("<reasoning>r</reasoning><answer>unknown</answer>", True),
+        ("<reasoning></reasoning><answer></answer>", False),
+        ("<reasoning></reasoning><answer>400.00</answer>", False),
+        ("<reasoning>r</reasoning><answer></answer>", False),
+        ("<reasoning> \n</reasoning><answer>400.00</answer>", False),
+        ("<reasoning>r</reasoning><answer>\t\u2003</answer>", False),
         (f"Sure! {GOOD}", False),
         (f"{GOOD} Done.", False),
         ("<reasoning>r</reasoning> so <answer>4</answer>", False),
