@@ -4,17 +4,22 @@ python plot_rewards.py RUN            # three figures, in the run folder
 python plot_rewards.py RUN RUN ...    # one figure of the area reward, in the current folder
 
 Runs named alike but for a "-seed0", "-seed1", ... at the end are drawn as one curve: their mean,
-and a band from the lowest to the highest.
+and a band from the lowest to the highest. A run that is named twice counts once.
 """
 
 import argparse
 import json
+import os
 import re
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from shapes import Figure
+from terminal import check_folder, never_fail, write_file
 
 REWARDS = {  # key in metrics.jsonl: title and range of the reward
     "area_correctness_reward": ("Area correctness", (-3.0, 3.0)),
@@ -23,6 +28,7 @@ REWARDS = {  # key in metrics.jsonl: title and range of the reward
 }
 AXES = {"prompts": "prompts seen", "steps": "steps"}
 SEED = re.compile(r"-seed[0-9]+$")  # at the end of a run's name
+AS_IT_IS = {"parse_math": False, "usetex": False}  # how a name is drawn: nothing in it is markup
 
 
 class RunError(Exception):
@@ -77,19 +83,48 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def seeds_of(runs: list[Path]) -> dict[str, list[Path]]:
-    """Return the runs by label: those named alike but for "-seed0" and the like are together.
+def each_once(runs: list[Path]) -> list[Path]:
+    """Return the runs without those that are another one under a second name."""
+    first: dict[str, Path] = {}
+    for run in runs:
+        first.setdefault(os.path.realpath(run), run)
+    return list(first.values())
 
-    >>> list(seeds_of([Path("runs/wide-seed0"), Path("runs/base"), Path("runs/wide-seed1")]))
-    ['wide, 2 seeds', 'base']
+
+def named(run: Path) -> Path:
+    """Return a run's whole path: its end is the run's name, even of "." or ".."."""
+    whole = os.path.abspath(run).encode("utf-8", "backslashreplace")  # bytes that are no text
+    return Path(whole.decode())
+
+
+def seeds_of(runs: list[Path]) -> list[tuple[str, list[Path]]]:
+    """Return labels and runs: those named alike but for "-seed0" and the like are together.
+
+    >>> [label for label, _ in seeds_of([Path("x/a-seed0"), Path("x/b"), Path("x/a-seed1")])]
+    ['a, 2 seeds', 'b']
     """
     groups: dict[Path, list[Path]] = {}
     for run in runs:
-        groups.setdefault(run.with_name(SEED.sub("", run.name)), []).append(run)
-    return {
-        f"{path.name}, {len(group)} seeds" if len(group) > 1 else group[0].name: group
-        for path, group in groups.items()
-    }
+        groups.setdefault(named(run).parent / SEED.sub("", named(run).name), []).append(run)
+    paths = [path if len(group) > 1 else named(group[0]) for path, group in groups.items()]
+    counts = [f", {len(group)} seeds" if len(group) > 1 else "" for group in groups.values()]
+    labels = [label + count for label, count in zip(short(paths), counts, strict=True)]
+    return list(zip(labels, groups.values(), strict=True))
+
+
+def short(paths: list[Path]) -> list[str]:
+    """Return the end of each path, as much as tells it from the others.
+
+    >>> short([Path("/runs/base"), Path("/x/1/tiny"), Path("/y/1/tiny")])
+    ['base', 'x/1/tiny', 'y/1/tiny']
+    """
+    ends = []
+    for path in paths:
+        length = 1
+        while sum(other.parts[-length:] == path.parts[-length:] for other in set(paths)) > 1:
+            length += 1
+        ends.append(str(Path(*path.parts[-length:])))
+    return ends
 
 
 def averages(
@@ -121,57 +156,68 @@ def change(run: Path, window: int) -> str:
 def new_axes(title: str, ylabel: str, xlabel: str, limits: tuple[float, float]):
     """Return a figure and its axes; the whole range of the reward is shown, with some air."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     air = 0.03 * (limits[1] - limits[0])
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(limits[0] - air, limits[1] + air))
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(limits[0] - air, limits[1] + air))
+    axes.set_title(title, **AS_IT_IS)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def draw_run(run: Path, out: Path, *, window: int, axis: str) -> list[Path]:
-    """Write the three reward figures of one run and return their paths."""
-    steps = read_metrics(run)
-    paths = []
-    for key, (title, limits) in REWARDS.items():
-        figure, axes = new_axes(f"{title}: {run.name}", "mean reward", AXES[axis], limits)
-        x, y = curve(steps, key, axis)
-        axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
-        label = f"moving average over {window} steps"
-        axes.plot(x, moving_average(y, window), color="tab:blue", linewidth=2, label=label)
-        axes.legend(loc="lower right", frameon=False)
-        paths.append(out / f"{key}.png")
-        figure.savefig(paths[-1])
-    return paths
+def add_legend(axes) -> None:
+    """Add a legend of all lines. A label is set as text, or a `_` in front would leave it out."""
+    legend = axes.legend(axes.lines, [" "] * len(axes.lines), loc="lower right", frameon=False)
+    for text, line in zip(legend.get_texts(), axes.lines, strict=True):
+        text.set(text=line.get_label(), **AS_IT_IS)
 
 
-def draw_variations(runs: list[Path], out: Path, *, window: int, axis: str) -> list[Path]:
-    """Write the area reward's moving averages of several runs in one figure; return its path."""
-    key = "area_correctness_reward"
+def draw_run(run: Path, key: str, path: Path, *, window: int, axis: str) -> None:
+    """Write the figure of one reward of one run."""
+    title, limits = REWARDS[key]
+    figure, axes = new_axes(f"{title}: {named(run).name}", "mean reward", AXES[axis], limits)
+    x, y = curve(read_metrics(run), key, axis)
+    axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
+    label = f"moving average over {window} steps"
+    axes.plot(x, moving_average(y, window), color="tab:blue", linewidth=2, label=label)
+    add_legend(axes)
+    figure.savefig(path)
+
+
+def draw_variations(runs: list[Path], key: str, path: Path, *, window: int, axis: str) -> None:
+    """Write one figure of a reward's moving averages in several runs."""
     title, limits = REWARDS[key]
     figure, axes = new_axes(title, f"moving average over {window} steps", AXES[axis], limits)
     draw_seeds(axes, runs, key, window=window, axis=axis)
-    axes.legend(loc="lower right", frameon=False)
-    path = out / f"{key}_variations.png"
+    add_legend(axes)
     figure.savefig(path)
-    return [path]
 
 
 def draw_seeds(axes, runs: list[Path], key: str, *, window: int, axis: str) -> None:
     """Draw a curve for each run, or for the mean of its seeds, with a band of their range."""
-    for label, group in seeds_of(runs).items():
+    for label, group in seeds_of(runs):
         x, y = averages(group, key, window=window, axis=axis)
         (line,) = axes.plot(x, y.mean(0), linewidth=2, label=label)
         if len(group) > 1:
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
 
 
+def pictures(runs: list[Path], out: Path | None, **options) -> dict[Path, Callable]:
+    """Return path and writer of each figure: three of one run, one of several."""
+    if len(runs) == 1:
+        draw, folder = partial(draw_run, runs[0], **options), out or runs[0]
+        return {folder / f"{key}.png": partial(draw, key) for key in REWARDS}
+    key = "area_correctness_reward"
+    path = (out or Path()) / f"{key}_variations.png"
+    return {path: partial(draw_variations, runs, key, **options)}
+
+
 # --- command ------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw the runs named on the command line."""
+    """Print how the rewards of some runs changed, then draw them."""
+    never_fail()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,
@@ -184,23 +230,23 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--axis", choices=AXES, default="prompts", help="default: prompts")
     args = parser.parse_args(arguments)
-    if args.window < 1:
-        parser.error(f"--window {args.window}: must be at least 1")
+    runs = each_once(args.runs)
     try:
-        if len(args.runs) == 1:
-            (run,) = args.runs
-            paths = draw_run(run, args.out or run, window=args.window, axis=args.axis)
-        else:
-            out = args.out or Path()
-            paths = draw_variations(args.runs, out, window=args.window, axis=args.axis)
-        changes = [change(run, args.window) for run in args.runs]
-    except RunError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--out: {error}")
-    print("\n".join(map(str, paths)))
+        if args.window < 1:
+            raise ValueError(f"--window {args.window}: must be at least 1")
+        if args.out:
+            check_folder("--out", args.out)
+        changes = [change(run, args.window) for run in runs]
+    except (ValueError, RunError) as error:
+        parser.error(" ".join(str(error).split()))
     print(f"Means over the first and the last {args.window} steps:")
     print("\n".join(changes))
+    drawn = pictures(runs, args.out, window=args.window, axis=args.axis)
+    written = [path for path, write in drawn.items() if write_file(path, write)]
+    for path in written:
+        print(path)
+    if len(written) < len(drawn):
+        sys.exit(2)
 
 
 if __name__ == "__main__":

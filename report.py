@@ -14,18 +14,18 @@ import html
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from string import Template
 
-import matplotlib
-from matplotlib.figure import Figure
 from PIL import Image
 
 from plot_rewards import REWARDS, RunError, curve, moving_average, read_metrics
-from shapes import KINDS, Shape, canvas_of, check_image_size
+from shapes import KINDS, Figure, Shape, canvas_of, check_image_size, default_style
+from terminal import never_fail
 
 WINDOW = 20  # steps of the moving average
 TEXT_LIMIT = 4_000  # characters shown of a text
@@ -97,7 +97,7 @@ def parse_evaluation(line: dict) -> dict:
 
 
 def parse_group(line: dict, *, image_size: int) -> dict:
-    """Return a line of samples.jsonl with its picture."""
+    """Return a line of samples.jsonl with its picture, as an address that holds it."""
     shape = Shape(**line["shape"])
     if shape.kind not in KINDS:
         raise ValueError(f"no shape is a {shape.kind!r}")
@@ -106,7 +106,7 @@ def parse_group(line: dict, *, image_size: int) -> dict:
         "kind": shape.kind,
         "size": [known(shape.width), known(shape.height)],
         "area": known(line["area"]),
-        "image": canvas_of(image_size).draw(shape),
+        "image": png(canvas_of(image_size).draw(shape)),
         "completions": [parse_completion(completion) for completion in line["completions"]],
     }
 
@@ -177,7 +177,6 @@ def group_html(group: dict) -> str:
     width, height = (number(value, ".1f") for value in group["size"])
     return GROUP.substitute(
         group,
-        image=png(group["image"]),
         size=f"{width} &times; {height}",
         area=number(group["area"], ".2f"),
         headings="".join(f"<th>{heading}</th>" for heading, _ in COLUMNS.values()),
@@ -208,7 +207,14 @@ def png(image: Image.Image) -> str:
 
 def curve_html(key: str, steps: list[dict], evaluations: list[dict]) -> str:
     """Return a value's figure: of each step, averaged, and in the held-out evaluations."""
-    title, limits = CURVES[key]
+    with default_style(**{"svg.fonttype": "none", "svg.hashsalt": key}):  # ids unlike the others'
+        drawing = svg(curve_figure(key, steps, evaluations))
+    return f"<figure><figcaption>{CURVES[key][0]}</figcaption>{drawing}</figure>\n"
+
+
+def curve_figure(key: str, steps: list[dict], evaluations: list[dict]) -> Figure:
+    """Return that figure without its title."""
+    _, limits = CURVES[key]
     figure = Figure(figsize=(4, 2), layout="constrained")
     axes = figure.add_subplot()
     x, y = curve(steps, key, "steps")
@@ -221,15 +227,14 @@ def curve_html(key: str, steps: list[dict], evaluations: list[dict]) -> str:
     axes.tick_params(colors=INK, labelsize=7.5, length=0)
     axes.grid(color=INK, alpha=0.2, linewidth=0.5)
     axes.spines[:].set_visible(False)
-    return f"<figure><figcaption>{title}</figcaption>{svg(figure, salt=key)}</figure>\n"
+    return figure
 
 
-def svg(figure: Figure, *, salt: str) -> str:
-    """Return a figure as a part of the page; `salt` keeps its ids apart from other figures'."""
+def svg(figure: Figure) -> str:
+    """Return a figure as a part of the page, in the page's colors."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     text = re.sub(r'<g id="[\w.]+"', "<g", buffer.getvalue())
     for color, variable in THEME.items():
         text = text.replace(color, variable)
@@ -420,13 +425,23 @@ def write_whole(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def step_numbers(text: str) -> list[int]:
-    """Return the numbers in "0,100,190"."""
-    return [int(step) for step in text.split(",")]
+def check_place(path: Path) -> None:
+    """Raise `RunError` unless a file can be written there, as far as that can be told before."""
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise RunError(f"--out {path}: must be a file, in a folder that can be written to")
+
+
+def step_numbers(text: str | None) -> list[int] | None:
+    """Return the numbers in "0,100,190". Raises `RunError`."""
+    try:
+        return None if text is None else [int(step) for step in text.split(",")]
+    except ValueError as error:
+        raise RunError(f"--steps {text}: must be step numbers like 0,100,190") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the page about the run named on the command line."""
+    never_fail()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,
@@ -434,13 +449,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
-    parser.add_argument(
-        "--steps", type=step_numbers, metavar="N,N,...", help="default: all of samples.jsonl"
-    )
+    parser.add_argument("--steps", metavar="N,N,...", help="default: all of samples.jsonl")
     args = parser.parse_args(arguments)
     out = args.out or args.run / "report.html"
     try:
-        write_whole(out, page(args.run, args.steps))
+        steps = step_numbers(args.steps)
+        if args.out or os.path.isdir(args.run):
+            check_place(out)
+        write_whole(out, page(args.run, steps))
     except RunError as error:
         problem = str(error)
     except OSError as error:

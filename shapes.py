@@ -9,20 +9,31 @@ draws examples:
 
 import argparse
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+if "IPython" not in sys.modules:  # a command that a notebook starts inherits its backend,
+    os.environ.pop("MPLBACKEND", None)  # which may not be installed: matplotlib would stop here
+from matplotlib import rc_context, rcParamsDefault
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # others import it from here, after the lines above
 from matplotlib.patches import Circle, Polygon
 from PIL import Image
+
+from terminal import check_folder, never_fail, write_file
 
 GRID = 50.0  # both axes run from 0 to GRID, in grid units
 KINDS = ("rectangle", "circle", "square", "triangle")
 SPLITS = {"train": 0, "eval": 1, "cold_start": 2}  # the split is part of the random seed
 IMAGE_MULTIPLE = 28  # pixels: Qwen2.5-VL merges 2 x 2 patches of 14 x 14 pixels into one token
+MAX_IMAGE_SIZE = 3584  # pixels: its square is the most that Qwen2.5-VL takes, 12,845,056
 MIN_SIDE_DIFFERENCE = 2.0  # grid units (7 pixels of 224): a rectangle must not pass for a square
 FIGURE_INCHES = 2.24  # of every figure; the image size only changes the dots per inch
 AXES_BOX = (0.1, 0.09, 0.86, 0.86)  # of the grid: left, bottom, width, height, in image sizes
@@ -172,21 +183,33 @@ def turned(outline: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def check_image_size(image_size: int) -> None:
-    """Raise `ValueError` unless the image is a whole number of the model's visual tokens."""
-    if image_size <= 0 or image_size % IMAGE_MULTIPLE:
+    """Raise `ValueError` unless the image is a whole number of tokens that the model takes."""
+    if not IMAGE_MULTIPLE <= image_size <= MAX_IMAGE_SIZE or image_size % IMAGE_MULTIPLE:
         raise ValueError(
-            f"--image-size {image_size}: must be a positive multiple of {IMAGE_MULTIPLE} pixels"
+            f"--image-size {image_size}: must be a multiple of {IMAGE_MULTIPLE} "
+            f"from {IMAGE_MULTIPLE} to {MAX_IMAGE_SIZE:,} pixels"
         )
+
+
+def default_style(**settings):
+    """Return a context of matplotlib's own defaults and these settings, whatever the user's are."""
+    return rc_context({**rcParamsDefault, **settings})
 
 
 class Canvas:
     """One reused figure: the empty grid is drawn once, then each shape goes on a copy of it.
 
-    No pyplot: no global state, so any number of canvases in any number of processes draw the same.
+    Any number of canvases in any number of processes draw the same, whatever a matplotlibrc or the
+    calling program has set: all that reads matplotlib's settings is made here, by its own defaults.
     """
 
     def __init__(self, image_size: int) -> None:
         check_image_size(image_size)
+        with default_style():
+            self.set_up(image_size)
+
+    def set_up(self, image_size: int) -> None:
+        """Draw the empty grid; make the two outlines that later are moved and colored."""
         figure = Figure(figsize=(FIGURE_INCHES, FIGURE_INCHES), dpi=image_size / FIGURE_INCHES)
         self.canvas = FigureCanvasAgg(figure)
         self.axes = figure.add_axes(AXES_BOX, xlim=(0, GRID), ylim=(0, GRID))
@@ -200,26 +223,33 @@ class Canvas:
         self.axes.grid(which="minor", linewidth=0.4, color="0.85")
         self.canvas.draw()
         self.empty_grid = self.canvas.copy_from_bbox(figure.bbox)
+        edge = {"edgecolor": "black", "linewidth": 1.0}
+        self.circle = self.axes.add_patch(Circle((0, 0), 1, **edge))
+        self.polygon = self.axes.add_patch(Polygon([(0, 0)], joinstyle="miter", **edge))
 
     def draw(self, shape: Shape) -> Image.Image:
         """Return the picture of one shape, RGB."""
-        style = {"facecolor": shape.color, "edgecolor": "black", "linewidth": 1.0}
         if shape.kind == "circle":
-            patch = Circle(shape.center, shape.width / 2, **style)
+            patch = self.circle
+            patch.set(center=shape.center, radius=shape.width / 2)
         else:
-            patch = Polygon(shape.vertices, closed=True, joinstyle="miter", **style)
+            patch = self.polygon
+            patch.set_xy(shape.vertices)
+        patch.set_facecolor(shape.color)
         self.canvas.restore_region(self.empty_grid)
-        self.axes.add_patch(patch)
         self.axes.draw_artist(patch)
-        patch.remove()
         return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
 
 
 canvas_of = lru_cache(maxsize=4)(Canvas)  # one canvas per image size and process
 
 
+# --- command ---------------------------------------------------------------------------
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Draw the example pictures: one per task variant and a contact sheet of 16."""
+    never_fail()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description="Draw example pictures of the task."
     )
@@ -233,30 +263,35 @@ def main(arguments: list[str] | None = None) -> None:
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed}: must be 0 or above")
         check_image_size(args.image_size)
-        args.out.mkdir(parents=True, exist_ok=True)
-        draw_examples(args.out, seed=args.seed, image_size=args.image_size)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        with suppress(OSError):
+            args.out.mkdir(parents=True, exist_ok=True)
+        check_folder("--out", args.out)
+    except ValueError as error:
+        parser.error(" ".join(str(error).split()))
+    written = []
+    for name, told, image in examples(seed=args.seed, image_size=args.image_size):
+        print(f"{args.out / name}: {told}")
+        written.append(write_file(args.out / name, image.save))
+    if not all(written):
+        sys.exit(2)
 
 
-def draw_examples(folder: Path, *, seed: int, image_size: int) -> None:
-    """Write plain.png, rotated.png, small.png and contact_sheet.png, and say what they show."""
-    examples = {  # with seed 0 a square, a rectangle, a triangle
+def examples(*, seed: int, image_size: int) -> Iterator[tuple[str, str, Image.Image]]:
+    """Yield three pictures and a contact sheet: the name, what is shown, the picture."""
+    variants = {  # with seed 0 a square, a rectangle, a triangle
         "plain": (ShapeSpec(), 2),
         "rotated": (ShapeSpec(max_rotation=45.0), 3),
         "small": (ShapeSpec(min_size=5.0, max_size=12.0), 5),
     }
-    for name, (spec, index) in examples.items():
+    for name, (spec, index) in variants.items():
         example = make_example(spec, seed=seed, split="eval", index=index, image_size=image_size)
-        example.image.save(folder / f"{name}.png")
-        print(f"{folder / name}.png: {example.shape.kind}, area {example.area:.2f}")
+        yield f"{name}.png", f"{example.shape.kind}, area {example.area:.2f}", example.image
     sheet = Image.new("RGB", (4 * image_size, 4 * image_size))
     spec = ShapeSpec(min_size=5.0, max_size=35.0, max_rotation=45.0)
     for i in range(16):
         example = make_example(spec, seed=seed, split="eval", index=i, image_size=image_size)
         sheet.paste(example.image, (i % 4 * image_size, i // 4 * image_size))
-    sheet.save(folder / "contact_sheet.png")
-    print(f"{folder / 'contact_sheet.png'}: 16 rotated shapes, sizes 5 to 35")
+    yield "contact_sheet.png", "16 rotated shapes, sizes 5 to 35", sheet
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import argparse
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from peers import Task, add_flags, task_of
 from step import PHASES, own_steps, prepare_gpu
+
+from shapes import Figure
+from terminal import check_folder, never_fail, write_file
 
 GROUP_SIZES = (4, 8, 16, 32, 64)
 LENGTHS = (16, 32, 64, 128, 256)
@@ -52,7 +54,6 @@ def table(name: str, measured: dict[int, tuple[Task, dict[str, float]]]) -> None
 def draw(groups: dict, lengths: dict, picture: Path) -> None:
     """Draw milliseconds a completion over group size, and microseconds a token over length."""
     figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for axes, measured, label in (
         (left, groups, "completions per prompt"),
@@ -71,11 +72,12 @@ def draw(groups: dict, lengths: dict, picture: Path) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel("microseconds per completion token")
     left.legend()
-    figure.savefig(picture)
+    figure.savefig(picture, format=picture.suffix[1:] or "png")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and draw."""
+    never_fail()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,
@@ -88,17 +90,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE")
     add_flags(parser, Task(prompts=4, max_new_tokens=32))
     args = parser.parse_args(arguments)
+    try:
+        check_folder("--picture: its folder", args.picture.parent)
+    except ValueError as error:
+        parser.error(str(error))
     prepare_gpu()
     base, measured = task_of(args), {}
-    for name in varied:
+    tokens, group = base.max_new_tokens, base.group_size
+    titles = {
+        "group_size": f"completions per prompt, {tokens} tokens each",
+        "max_new_tokens": f"tokens per completion, {group} per prompt",
+        "image_size": f"pixels a side, {group} completions of {tokens} tokens",
+    }
+    for name, title in titles.items():
         tasks = {value: replace(base, **{name: value}) for value in getattr(args, f"{name}s")}
         measured[name] = {value: (task, measure(task)) for value, task in tasks.items()}
-    tokens, group = base.max_new_tokens, base.group_size
-    table(f"completions per prompt, {tokens} tokens each", measured["group_size"])
-    table(f"tokens per completion, {group} per prompt", measured["max_new_tokens"])
-    if measured["image_size"]:
-        table(f"pixels a side, {group} completions of {tokens} tokens", measured["image_size"])
-    draw(measured["group_size"], measured["max_new_tokens"], args.picture)
+        if tasks:
+            table(title, measured[name])
+    picture = partial(draw, measured["group_size"], measured["max_new_tokens"])
+    if not write_file(args.picture, picture):
+        sys.exit(2)
     print(f"\npicture: {args.picture}")
 
 

@@ -20,13 +20,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from plot_rewards import averages
 from runlog import provenance, read_description
+from shapes import Figure
+from terminal import never_fail, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TAKEN_OUT = Path(__file__).with_name("taken_out.json")  # of runs that only earlier code can make
@@ -149,7 +148,6 @@ def markdown(head: list[str], rows: dict[str, list[str]]) -> str:
 def new_figure(panels: int, *, size: tuple[float, float], sharey: bool = True):
     """Return a figure and its panels, side by side, with a light grid and no box."""
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, sharey=sharey)
     for each in axes:
         each.grid(color="0.9")
@@ -401,20 +399,23 @@ ENTRIES = {  # numbers, their table, a figure
 
 
 def main() -> None:
-    """Make the entry that the command line names: JSON, figure, and the table on the terminal."""
+    """Make the entry that the command line names: the table on the terminal, JSON, figure."""
+    never_fail()
     if len(sys.argv) != 2 or sys.argv[1] not in ENTRIES:
         sys.exit(f"figures.py: the argument must be one of: {', '.join(ENTRIES)}")
     name = sys.argv[1]
     find, tabulate, draw = ENTRIES[name]
     numbers = find()
-    made = made_by(list(numbers), CONFIRM_SEEDS if name == "confirm" else SEEDS)
-    path = RESULTS / f"{name}.json"
-    if draw is not None:
-        source = f"{made['command']}, commit {made['git_commit']}"
-        draw(numbers).savefig(path.with_suffix(".png"), metadata={"Source": source})
-    text = json.dumps(rounded({"made_by": made, "numbers": numbers}), indent=1, ensure_ascii=False)
-    path.write_text(text + "\n")
     print(tabulate(numbers))
+    made = made_by(list(numbers), CONFIRM_SEEDS if name == "confirm" else SEEDS)
+    text = json.dumps(rounded({"made_by": made, "numbers": numbers}), indent=1, ensure_ascii=False)
+    source = f"{made['command']}, commit {made['git_commit']}"
+    files = {"json": lambda path: path.write_text(text + "\n", encoding="utf-8")}
+    if draw is not None:
+        files["png"] = lambda path: draw(numbers).savefig(path, metadata={"Source": source})
+    written = [write_file(RESULTS / f"{name}.{kind}", write) for kind, write in files.items()]
+    if not all(written):
+        sys.exit(2)
 
 
 def rounded(value):

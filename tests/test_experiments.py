@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,9 @@ from experiments import ablate, figures
 from runlog import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
+
+import growth  # noqa: E402
 
 
 @pytest.fixture
@@ -104,6 +108,59 @@ def test_errors_are_percent_by_group_one_per_seed(tmp_path, monkeypatch):
     found = figures.errors("x", "wide", "sampled")
     assert found["all"] == [0.0, 1.0, 2.0]
     assert found["small"] == [50.0, 50.0, 50.0]
+
+
+@pytest.fixture
+def an_entry(tmp_path, monkeypatch):
+    """An entry of two numbers whose figure cannot be drawn; where its files go."""
+
+    def fail(_):
+        raise RuntimeError("latex could not be found\nHere is its log")
+
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    made = {"command": "figures.py x", "git_commit": "0"}
+    monkeypatch.setattr(figures, "made_by", lambda names, seeds: made)
+    monkeypatch.setitem(figures.ENTRIES, "x", (lambda: {"a": 1.0}, str, fail))
+    monkeypatch.setattr("sys.argv", ["figures.py", "x"])
+    return tmp_path
+
+
+def failing(call, capsys) -> tuple[str, str]:
+    """What a command says to stdout and stderr that ends with 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    return capsys.readouterr()
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_number(an_entry, capsys):
+    out, err = failing(figures.main, capsys)
+    assert out == "{'a': 1.0}\n"
+    assert err == f"{an_entry / 'x.png'}: cannot be written: latex could not be found\n"
+    assert json.loads((an_entry / "x.json").read_text())["numbers"] == {"a": 1.0}
+
+
+def test_a_file_that_cannot_be_written_costs_no_table(an_entry, capsys):
+    (an_entry / "x.json").mkdir()
+    out, err = failing(figures.main, capsys)
+    assert out == "{'a': 1.0}\n"
+    assert len(err.splitlines()) == 2
+
+
+def test_the_picture_of_growth_py_costs_no_number(tmp_path, capsys, monkeypatch):
+    seconds = dict.fromkeys(("step_s", *growth.PHASES), 1.0)
+    monkeypatch.setattr(growth, "measure", lambda task: seconds)
+    measured = ["--model", TINY, "--group-sizes", "2", "--lengths", "3"]
+    growth.main([*measured, "--picture", str(tmp_path / "p")])
+    assert (tmp_path / "p").read_bytes().startswith(b"\x89PNG")  # what is told is what is there
+    assert f"picture: {tmp_path / 'p'}\n" in capsys.readouterr().out
+    out, err = failing(lambda: growth.main([*measured, "--picture", str(tmp_path)]), capsys)
+    assert [line[:3] for line in out.splitlines()].count("| 2") == 1
+    assert len(err.splitlines()) == 1
+    monkeypatch.setattr(growth, "measure", None)
+    nowhere = str(tmp_path / "missing" / "p.png")
+    out, err = failing(lambda: growth.main([*measured, "--picture", nowhere]), capsys)
+    assert (out, len(err.splitlines())) == ("", 1)
 
 
 def commands() -> dict[str, list[str]]:

@@ -1,9 +1,13 @@
 """plot_rewards.py on run folders as they are, whole and damaged."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from PIL import Image
 
 import plot_rewards
@@ -12,6 +16,7 @@ from plot_rewards import (
     RunError,
     averages,
     curve,
+    each_once,
     moving_average,
     read_metrics,
     seeds_of,
@@ -22,7 +27,7 @@ from plot_rewards import (
 def run(tmp_path):
     def make(name: str, *, steps: int = 30, tail: str = ""):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         lines = [
             json.dumps({"step": i, "prompts": 4 * (i + 1), **dict.fromkeys(REWARDS, i / 50)})
             for i in range(steps)
@@ -50,7 +55,7 @@ def test_one_run_gives_three_figures(run, capsys):
     plot_rewards.main([str(folder)])
     for key in REWARDS:
         assert Image.open(folder / f"{key}.png").size == (960, 540)
-    *paths, _, change = capsys.readouterr().out.splitlines()
+    _, change, *paths = capsys.readouterr().out.splitlines()
     assert [path.rsplit("/")[-1] for path in paths] == [f"{key}.png" for key in REWARDS]
     assert "area_correctness_reward 0.19 -> 0.39" in change  # of 0.00, 0.02, ... 0.58
 
@@ -66,7 +71,7 @@ def test_seeds_are_averaged_step_by_step_as_far_as_all_of_them_go(tmp_path):
         run.mkdir()
         steps = [{"step": i, "prompts": i + 1, "r": reward} for i, reward in enumerate(rewards)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    assert list(seeds_of([*runs, tmp_path / "wide"])) == ["wide, 3 seeds"]
+    assert labels([*runs, tmp_path / "wide"]) == ["wide, 3 seeds"]
     x, y = averages(runs, "r", window=2, axis="prompts")
     assert x.tolist() == [1, 2, 3]
     assert y.tolist() == [[0, 0.5, 1.5], [2, 2.5, 3.5]]
@@ -85,6 +90,138 @@ def test_the_band_goes_from_the_lowest_seed_to_the_highest(run):
     assert len(means[1]) == 30
     box = band.get_paths()[0].get_extents()
     assert (box.y0, box.y1) == (0, 1)
+
+
+# --- names and labels ---------------------------------------------------------------------
+
+
+def labels(runs) -> list[str]:
+    return [label for label, _ in seeds_of(runs)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of each figure that is written."""
+    axes, save = [], plot_rewards.Figure.savefig
+
+    def keep(figure, path):
+        save(figure, path)
+        axes.append(figure.axes[0])
+
+    monkeypatch.setattr(plot_rewards.Figure, "savefig", keep)
+    return axes
+
+
+def legend_of(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_runs_of_one_name_have_a_curve_each(run, tmp_path, drawn):
+    runs = [run(name) for name in ("x/tiny", "y/tiny", "base")]
+    plot_rewards.main([*map(str, runs), "--out", str(tmp_path)])
+    assert legend_of(drawn[0]) == ["x/tiny", "y/tiny", "base"]
+    assert len(drawn[0].lines) == 3
+
+
+def test_seeds_of_one_name_in_two_folders_are_two_groups(run):
+    runs = [run(f"{folder}/1/wide-seed{seed}") for folder in "xy" for seed in (0, 1)]
+    assert seeds_of(runs) == [("x/1/wide, 2 seeds", runs[:2]), ("y/1/wide, 2 seeds", runs[2:])]
+
+
+def test_a_label_is_no_longer_than_it_needs_to_be(tmp_path):
+    names = ("a/b", "b/b", "c", "d/c-seed1", "wide-seed0", "x-seed0", "x-seed1", "x-seed0-seed0")
+    short = ["a/b", "b/b", "c", "c-seed1", "wide-seed0", "x, 2 seeds", "x-seed0-seed0"]
+    assert labels([tmp_path / name for name in names]) == short
+
+
+def test_a_run_counts_once_however_often_and_however_it_is_named(run, tmp_path, monkeypatch):
+    base, other = run("base-seed0"), run("x/base-seed1")
+    (tmp_path / "link-seed1").symlink_to(base)
+    monkeypatch.chdir(base)
+    names = ["../base-seed0", ".", str(base), "../x/../base-seed0/", "../link-seed1", str(other)]
+    assert [str(path) for path in each_once(list(map(type(base), names)))] == [names[0], str(other)]
+    plot_rewards.main([str(base), "."])  # that is one run
+    assert {path.stem for path in base.glob("*.png")} == REWARDS.keys()
+
+
+def test_the_working_folder_has_a_name(run, monkeypatch, drawn):
+    other = run("b")
+    monkeypatch.chdir(run("a"))
+    plot_rewards.main(["."])
+    assert [axes.get_title().split(": ")[1] for axes in drawn] == ["a"] * 3
+    plot_rewards.main([".", "../b"])
+    assert legend_of(drawn[3]) == labels([other.parent / "a", other]) == ["a", "b"]
+    assert labels([other.parent / "b" / ".." / "a"]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a$_^$b", "a$b$c", "_a", "a\\b", "\\alpha{_^", "a\udcff", "ü%~#&"]
+)
+def test_a_name_is_no_markup(run, tmp_path, drawn, name):
+    folder = run(name)
+    plot_rewards.main([str(folder)])
+    plot_rewards.main([str(folder), str(run("b")), "--out", str(tmp_path)])
+    shown = name.replace("\udcff", "\\udcff")
+    assert [axes.title.get_text().split(": ")[1] for axes in drawn[:3]] == [shown] * 3
+    assert legend_of(drawn[3]) == [shown, "b"]
+    for text in (*(axes.title for axes in drawn), *drawn[3].get_legend().get_texts()):
+        assert not (text.get_parse_math() or text.get_usetex())
+
+
+# --- numbers first, each figure for itself ------------------------------------------------
+
+
+def test_a_figure_that_cannot_be_written_costs_that_figure(run, capsys):
+    folder = run("base")
+    (folder / "area_format_reward.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        plot_rewards.main([str(folder)])
+    assert stop.value.code == 2
+    told = capsys.readouterr()
+    broken = folder / "area_format_reward.png"
+    assert told.err == f"{broken}: cannot be written: Is a directory\n"
+    assert "area_correctness_reward 0.19 -> 0.39" in told.out.splitlines()[1]
+    assert {path.stem for path in folder.glob("*.png") if path.is_file()} == REWARDS.keys() - {
+        broken.stem
+    }
+
+
+def test_a_style_that_fails_costs_the_figures(run, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no LaTeX there
+    with rc_context({"text.usetex": True}), pytest.raises(SystemExit) as stop:
+        plot_rewards.main([str(run("base"))])
+    assert stop.value.code == 2
+    told = capsys.readouterr()
+    assert len(told.err.splitlines()) == 3
+    assert "area_correctness_reward 0.19 -> 0.39" in told.out
+
+
+@pytest.mark.parametrize("out", ["base/metrics.jsonl", "missing", "read-only"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_read(
+    run, tmp_path, capsys, monkeypatch, out
+):
+    folder = run("base")
+    (tmp_path / "read-only").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(plot_rewards, "read_metrics", None)
+    with pytest.raises(SystemExit) as stop:
+        plot_rewards.main([str(folder), "--out", str(tmp_path / out)])
+    assert stop.value.code == 2
+    told = f"error: --out {tmp_path / out}: must be a folder that can be written to\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
+def test_output_that_cannot_be_written_costs_no_figure(run):
+    folder = run("my_ü")
+    command = [sys.executable, plot_rewards.__file__, folder]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, env=environment, stdout=full, stderr=full).returncode == 0
+    assert len(list(folder.glob("*.png"))) == 3
+    assert "my_\\xfc: area" in subprocess.check_output(command, env=environment, text=True)
+
+
+# --- reading ------------------------------------------------------------------------------
 
 
 def test_axis_counts_prompts_or_steps(run):
@@ -120,7 +257,7 @@ def test_values_that_are_missing_leave_a_gap(run):
     plot_rewards.main([str(folder)])
 
 
-@pytest.mark.parametrize("flags", [["missing"], ["missing", "--window", "0"], []])
+@pytest.mark.parametrize("flags", [["missing"], ["a\nb"], ["missing", "--window", "0"], []])
 def test_bad_input_is_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         plot_rewards.main(flags)

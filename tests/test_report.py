@@ -5,13 +5,16 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from PIL import Image
 
 import report
@@ -182,7 +185,9 @@ def test_steps_are_chosen(make_run, capsys):
     assert "--steps 5: has no sample; those that have: 0, 10, 20" in refused(
         run, capsys, "--steps", "0,5"
     )
-    assert "--steps" in refused(run, capsys, "--steps", "first")
+    for steps in ("0-3", "x", "", "0,", "1.5"):
+        told = f"error: --steps {steps}: must be step numbers like 0,100,190"
+        assert refused(run, capsys, "--steps", steps).endswith(told)
 
 
 def test_a_run_still_going_works(make_run):
@@ -199,6 +204,19 @@ def test_the_same_run_gives_the_same_bytes(make_run, tmp_path):
     for name in ("one.html", "two.html"):
         report.main([str(run), "--out", str(tmp_path / name)])
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_matplotlib_s_settings_do_not_change_the_page(make_run):
+    run = make_run(sample(0), sample(10))
+    pages = []
+    for size in (10, 20):
+        style = {"font.size": size, "text.usetex": size > 10, "axes.grid": size > 10}
+        others = {"axes.edgecolor": "red", "lines.marker": "x", "svg.fonttype": "path"}
+        with rc_context({**style, **others} if size > 10 else {}):
+            report.canvas_of.cache_clear()
+            report.main([str(run)])
+        pages.append((run / "report.html").read_bytes())
+    assert pages[0] == pages[1]
 
 
 # --- hostile text -------------------------------------------------------------------------
@@ -310,6 +328,7 @@ def with_(change: dict) -> str:
         ("config.json", '{"config": []}', "does not describe a run"),
         ("config.json", '{"config": {"image_size": "big"}}', "does not describe a run"),
         ("config.json", '{"config": {"image_size": 225}}', "multiple of 28"),
+        ("config.json", '{"config": {"image_size": 28000}}', "from 28 to 3,584 pixels"),
         ("config.json", '{"config": {"image_size": 224}, "versions": 1}', "does not describe"),
         ("metrics.jsonl", None, "No such file"),
         ("metrics.jsonl", "", "no step has been logged yet"),
@@ -355,6 +374,27 @@ def test_a_full_disk_leaves_the_page_before(make_run, capsys, file_size_limit):
 @pytest.mark.parametrize("out", ["no such/folder.html", "run/config.json/x.html", "."])
 def test_a_place_that_cannot_be_written_is_named(make_run, tmp_path, capsys, out):
     assert str(tmp_path / out) in refused(make_run(), capsys, "--out", str(tmp_path / out))
+
+
+@pytest.mark.parametrize("out", ["missing/x.html", "run", "run/x.html"])
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_drawn(
+    make_run, tmp_path, capsys, monkeypatch, out
+):
+    run = make_run()
+    monkeypatch.setattr(report, "page", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    told = f"--out {tmp_path / out}: must be a file, in a folder that can be written to"
+    assert told in refused(run, capsys, "--out", str(tmp_path / out))
+    assert "must be a file, in a folder" in refused(run, capsys)
+
+
+def test_output_that_cannot_be_written_costs_no_page(make_run):
+    run = make_run(sample(0), name="my_ü")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, report.__file__, run]
+        assert subprocess.run(command, env=environment, stdout=full, stderr=full).returncode == 0
+    assert "my_ü" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_refusal_is_one_line_whatever_the_path(make_run, tmp_path, capsys):

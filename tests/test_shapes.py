@@ -1,13 +1,54 @@
 """shapes.py: geometry by independent formulas, pictures by counting pixels."""
 
 import math
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context, rcParams, rcParamsDefault
 
 import shapes
-from shapes import GRID, KINDS, Canvas, Shape, ShapeSpec, make_example, sample_shape
+from shapes import (
+    GRID,
+    KINDS,
+    MAX_IMAGE_SIZE,
+    Canvas,
+    Shape,
+    ShapeSpec,
+    check_image_size,
+    make_example,
+    sample_shape,
+)
 
+ROOT = Path(__file__).resolve().parent.parent
+INLINE = "module://matplotlib_inline.backend_inline"  # what a notebook hands to `!python ...`
+HOSTILE_RC = """
+axes.facecolor: black
+figure.facecolor: black
+axes.edgecolor: white
+axes.grid: True
+axes.prop_cycle: cycler(color=["red"])
+xtick.color: white
+xtick.direction: in
+ytick.left: False
+lines.antialiased: False
+patch.antialiased: False
+text.antialiased: False
+text.usetex: True
+text.hinting: none
+font.size: 20
+path.sketch: 5, 50, 5
+path.simplify: False
+agg.path.chunksize: 3
+image.cmap: gray
+figure.autolayout: True
+savefig.dpi: 30
+savefig.bbox: tight
+"""
 SPECS = {
     "plain": ShapeSpec(),
     "rotated": ShapeSpec(max_rotation=45.0),
@@ -89,6 +130,17 @@ def test_a_reused_figure_draws_the_same_pixels_as_a_fresh_one():
         assert reused.draw(shape).tobytes() == Canvas(224).draw(shape).tobytes()
 
 
+def test_a_shape_that_cannot_be_drawn_leaves_no_trace_in_the_next():
+    canvas = Canvas(56)
+    triangle, circle = (next(s for s in many(ShapeSpec()) if s.kind == k) for k in KINDS[:0:-2])
+    for shape in (triangle, circle):
+        before = canvas.draw(shape).tobytes()
+        broken = {"kind": shape.kind, "width": 1, "height": 1, "center": "x", "vertices": "x"}
+        with pytest.raises((TypeError, ValueError)):
+            canvas.draw(Shape(**broken, color=(0, 0, 0)))
+        assert canvas.draw(shape).tobytes() == before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_agree_with_the_area(kind):
     """The edge is a line of some width: the mean of the area inside and with it is the area."""
@@ -139,10 +191,18 @@ def test_the_largest_shapes_that_fit_are_accepted():
     ShapeSpec(max_size=35.0, max_rotation=180.0)
 
 
-@pytest.mark.parametrize("image_size", [0, -28, 100, 225])
+@pytest.mark.parametrize("image_size", [0, -28, 100, 225, 3612, 28000])
 def test_impossible_image_sizes_are_refused(image_size):
-    with pytest.raises(ValueError, match="positive multiple of 28"):
+    told = f"^--image-size {image_size}: must be a multiple of 28 from 28 to 3,584 pixels$"
+    with pytest.raises(ValueError, match=told):
+        check_image_size(image_size)
+    with pytest.raises(ValueError, match=told):
         make_example(ShapeSpec(), seed=0, split="train", index=0, image_size=image_size)
+
+
+def test_the_largest_image_has_as_many_pixels_as_the_model_takes():
+    check_image_size(MAX_IMAGE_SIZE)
+    assert MAX_IMAGE_SIZE**2 == 12_845_056  # max_pixels of Qwen2.5-VL's preprocessor_config.json
 
 
 def test_the_command_writes_its_pictures(tmp_path, capsys):
@@ -152,6 +212,31 @@ def test_the_command_writes_its_pictures(tmp_path, capsys):
     assert "area" in capsys.readouterr().out
 
 
+def test_a_picture_that_cannot_be_written_costs_that_picture(tmp_path, capsys):
+    (tmp_path / "rotated.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        shapes.main(["--out", str(tmp_path), "--image-size", "56"])
+    assert stop.value.code == 2
+    told = capsys.readouterr()
+    assert told.err == f"{tmp_path / 'rotated.png'}: cannot be written: Is a directory\n"
+    assert len(told.out.splitlines()) == 4
+    assert sum(path.is_file() for path in tmp_path.iterdir()) == 3
+
+
+@pytest.mark.parametrize("out", ["file", "file/new", "read-only"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_drawn(
+    tmp_path, capsys, monkeypatch, out
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(shapes, "make_example", None)
+    with pytest.raises(SystemExit) as stop:
+        shapes.main(["--out", str(tmp_path / out)])
+    assert stop.value.code == 2
+    told = f"--out {tmp_path / out}: must be a folder that can be written to\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
 @pytest.mark.parametrize("flags", [["--image-size", "100"], ["--seed", "-1"], []])
 def test_the_command_refuses_in_one_line(tmp_path, capsys, flags):
     out = ["--out", str(tmp_path)] if flags else []
@@ -159,3 +244,80 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys, flags):
         shapes.main([*out, *flags])
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_output_that_cannot_be_written_costs_no_picture(tmp_path):
+    command = [sys.executable, ROOT / "shapes.py", "--image-size", "56", "--out", tmp_path / "ü"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=full)
+    assert done.returncode == 0
+    assert len(list((tmp_path / "ü").iterdir())) == 4
+
+
+# --- what a user has set for matplotlib has no say ----------------------------------------
+
+
+def other_settings() -> dict:
+    """For nearly each of matplotlib's settings a value that it accepts and that is not its own."""
+    values = (True, False, 1, "red", "in", "dashed", "none", ["red"], (3.0, 2.0), (5.0, 6.0, 7.0))
+    others = {}
+    with rc_context():
+        for key in rcParamsDefault.keys() - {"backend", "backend_fallback"}:
+            for value in values:
+                with suppress(ValueError, TypeError, AttributeError):  # it is not accepted
+                    rcParams[key] = value
+                if rcParams[key] != rcParamsDefault[key]:
+                    others[key] = rcParams[key]
+                    break
+    return others
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_setting_of_matplotlib_changes_a_pixel():
+    settings = other_settings()
+    assert len(settings) > 250
+    drawn = many(SPECS["wide rotated"], 20)
+    canvas = Canvas(56)
+    expected = [canvas.draw(shape).tobytes() for shape in drawn]
+    few = {shape.kind: i for i, shape in enumerate(drawn)}.values()  # one of each kind
+    with rc_context(settings):
+        fresh = Canvas(56)
+        assert [fresh.draw(shape).tobytes() for shape in drawn] == expected
+        assert [rcParams[key] for key in settings] == list(settings.values())  # they stay
+    for key, value in settings.items():
+        with rc_context({key: value}):
+            assert [canvas.draw(drawn[i]).tobytes() for i in few] == [expected[i] for i in few], key
+
+
+def run(program: str, *arguments: str, cwd: Path = ROOT, **environment: str):
+    command = [sys.executable, str(ROOT / program), *arguments]
+    settings = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True)
+
+
+def test_a_matplotlibrc_in_the_working_folder_changes_no_picture(tmp_path):
+    for name in ("plain", "hostile"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hostile" / "matplotlibrc").write_text(HOSTILE_RC)
+    for name in ("plain", "hostile"):
+        done = run("shapes.py", "--out", ".", "--image-size", "56", cwd=tmp_path / name)
+        assert (done.returncode, done.stderr) == (0, "")
+    for picture in (tmp_path / "plain").iterdir():
+        assert picture.read_bytes() == (tmp_path / "hostile" / picture.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "program", ["shapes.py", "plot_rewards.py", "report.py", "experiments/figures.py"]
+)
+def test_a_notebook_s_backend_stops_no_command(program):
+    done = run(program, MPLBACKEND=INLINE)
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1  # of arguments that are missing
+
+
+def test_in_a_notebook_itself_the_backend_stays():
+    code = "import sys; sys.modules['IPython'] = sys; import shapes, matplotlib as m; print(m.{})"
+    command = [sys.executable, "-c", code.format("rcParams['backend']")]
+    settings = {**os.environ, "MPLBACKEND": "svg"}
+    assert subprocess.check_output(command, cwd=ROOT, env=settings, text=True) == "svg\n"
