@@ -17,7 +17,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -36,6 +37,7 @@ from policy import (
     copy_policy,
     copy_weights,
     first_line,
+    not_finite,
     optimizer_copies,
     save_merged,
     save_policy,
@@ -59,6 +61,14 @@ def checkpoints_of(run: Path) -> list[Path]:
         (path for path in folders if STEP_FOLDER.fullmatch(path.name)),
         key=lambda path: int(path.name.removeprefix("step-")),
     )
+
+
+def steps_of(folder: Path) -> int | None:
+    """Return after how many steps a checkpoint, or final/, was saved; None if it does not say.
+
+    Raises `CheckpointError` for a damaged state.json.
+    """
+    return read_state(folder)["steps_done"] if (folder / "state.json").is_file() else None
 
 
 def has_optimizer(checkpoint: Path) -> bool:
@@ -110,7 +120,7 @@ def save(
     return folder
 
 
-def save_final(run: Path, loaded: Loaded, *, merge: bool = False) -> None:
+def save_final(run: Path, loaded: Loaded, *, steps_done: int, merge: bool = False) -> None:
     """Write the trained model, or its adapter, and its processor to `final/`.
 
     With `merge` the model with its adapter in its weights. Raises `CheckpointError`.
@@ -119,6 +129,7 @@ def save_final(run: Path, loaded: Loaded, *, merge: bool = False) -> None:
         check_finite(loaded.policy)
         if is_main():
             (save_merged if merge else save_policy)(loaded, partial)
+            (partial / "state.json").write_text(json.dumps({"steps_done": steps_done}) + "\n")
 
 
 def check_finite(policy) -> None:
@@ -127,9 +138,10 @@ def check_finite(policy) -> None:
     One update can do that, with all its gradients finite: a good checkpoint must not give way to
     such a policy.
     """
-    finite = torch.stack([parameter.isfinite().all() for parameter in policy.parameters()])
-    if not finite.all():  # host sync
-        raise CheckpointError("the policy has weights that are not finite")
+    if names := not_finite(policy):
+        raise CheckpointError(
+            f"the policy has {len(names)} weights that are not finite, as {names[0]}"
+        )
 
 
 def check_room(run: Path, needed: int) -> None:
@@ -254,17 +266,21 @@ def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) 
         copy_policy(checkpoint, loaded)
         if (checkpoint / "reference").is_dir():
             copy_weights(checkpoint / "reference", loaded.reference)
-        restore_optimizer(checkpoint, optimizer, processes=state["processes"])
+        with_optimizer = has_optimizer(checkpoint)  # if not, there is no step left to be done
+        if with_optimizer:
+            restore_optimizer(checkpoint, optimizer, processes=state["processes"])
     except CheckpointError:
         raise
     except ModelError as error:
         raise CheckpointError(f"damaged checkpoint: {error}") from error
     except Exception as error:  # whatever else a damaged file makes the loaders raise
         raise CheckpointError(f"{checkpoint}: damaged: {first_line(error)}") from error
-    for part, found in checksums(loaded, optimizer, True).items():
+    state["checksums"].setdefault("files", checksum_of_files(loaded.files))  # none in older ones
+    for part, found in checksums(loaded, optimizer, with_optimizer).items():
         if found != state["checksums"].get(part):
             where = f"{checkpoint}: damaged"
-            if part == "reference" and not (checkpoint / "reference").is_dir():
+            is_of_model = part == "reference" and not (checkpoint / "reference").is_dir()
+            if part == "files" or is_of_model:
                 where = "--model: not the one this run was started from"
             raise CheckpointError(f"{where}: the checksum of the {part} differs")
     return state["steps_done"]
@@ -277,7 +293,7 @@ def read_state(checkpoint: Path) -> dict:
         return {
             "steps_done": int(state["steps_done"]),
             "processes": int(state.get("processes", 1)),  # older ones have one file for all
-            "checksums": dict(state["checksums"]),
+            "checksums": dict(state.get("checksums", {})),  # none in final/
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -338,7 +354,10 @@ def checksums(
     loaded: Loaded, optimizer: torch.optim.Optimizer, with_optimizer: bool
 ) -> dict[str, int]:
     """Return a checksum of each part of a run's state; the optimizer's is that of all processes."""
-    found = {"policy": checksum(loaded.policy.parameters())}
+    found = {
+        "policy": checksum(loaded.policy.parameters()),
+        "files": checksum_of_files(loaded.files),
+    }
     if loaded.reference is not None:
         found["reference"] = checksum(loaded.reference.parameters())
     if with_optimizer:
@@ -347,6 +366,11 @@ def checksums(
         share = torch.tensor(checksum(tensors), device=loaded.policy.device)
         found["optimizer"] = int(total(share))  # host sync
     return found
+
+
+def checksum_of_files(files: Mapping[str, bytes]) -> int:
+    """Return a checksum of tokenizer, chat template and the like, which are part of the model."""
+    return zlib.crc32(b"".join(name.encode() + files[name] for name in sorted(files)))
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:

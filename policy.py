@@ -10,12 +10,12 @@ left by the previous call.
 
 import copy
 import json
-import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,16 +23,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from qwen_vl_utils import process_vision_info
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoProcessor,
     GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
 )
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_position_ids,
@@ -40,6 +47,19 @@ from transformers.vision_utils import (
 )
 
 from attention import IMPLEMENTATION
+from machine import free_host_memory
+from model_files import (
+    CONFIG,
+    ModelError,
+    check_pointers,
+    check_quantized,
+    check_weights,
+    first_line,
+    folder_of,
+    folder_on_disk,
+    kept_files,
+    read_json,
+)
 
 MODEL_TYPE = "qwen2_5_vl"
 HUB_TEXT_CONFIGS = {  # so that a machine too small is told before anything is downloaded
@@ -66,11 +86,9 @@ LARGEST_ON_CPU = 1_000_000_000  # parameters; a larger model is refused without 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGE_TYPE = 1  # in mm_token_type_ids
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STOPS = ("<|im_end|>", "<|endoftext|>")  # end a completion of any Qwen chat model
+PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12_845_056}  # limits of an image
 GIB = 2**30
-
-
-class ModelError(Exception):
-    """A model that cannot be used here. The message is one line for the user."""
 
 
 # --- loading ----------------------------------------------------------------------------
@@ -80,13 +98,15 @@ class ModelError(Exception):
 class Loaded:
     """The policy, its frozen copy (None when it is not needed) and what turns text into tokens.
 
-    `adapter` is peft's view of a policy of which only LoRA adapters are trained.
+    `adapter` is peft's view of a policy of which only LoRA adapters are trained. `files` are those
+    that the model came with beside its weights, and is saved with.
     """
 
     policy: Qwen2_5_VLForConditionalGeneration
     reference: Qwen2_5_VLForConditionalGeneration | None
     processor: object
     adapter: object | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @contextmanager
     def as_reference(self) -> Iterator[Qwen2_5_VLForConditionalGeneration]:
@@ -114,21 +134,21 @@ def load(
     reference is the model without them, and takes no copy. The dtype is passed to the loader:
     `model.to(bfloat16)` would round the rotary frequencies as well.
     """
-    model_config(model)
-    policy = load_weights(model, DTYPES[dtype])
-    try:
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-        check_fit(model, processor, policy)
-    except Exception as error:  # whatever a damaged folder or a lost connection makes it raise
-        raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
-    use_own_attention(policy)
     if lora_rank:
-        adapter = add_adapter(policy, model, lora_rank, seed)
-        return Loaded(policy.to(device).eval(), None, processor, adapter)
+        check_no_adapter(model)
+    folder = folder_of(base_of(model))
+    processor = load_processor(folder, model_config(model))
+    policy = load_weights(model, DTYPES[dtype])
+    policy.generation_config = decoding(folder, processor.tokenizer)
+    use_own_attention(policy)
+    adapter = add_adapter(policy, model, lora_rank, seed) if lora_rank else None
     policy.to(device).eval()
-    frozen = copy.deepcopy(policy).requires_grad_(False) if reference else None
-    policy.model.visual.requires_grad_(not freeze_vision)
-    return Loaded(policy, frozen, processor)
+    check_finite(model, policy)
+    frozen = None
+    if adapter is None:
+        frozen = copy.deepcopy(policy).requires_grad_(False) if reference else None
+        policy.model.visual.requires_grad_(not freeze_vision)
+    return Loaded(policy, frozen, processor, adapter, kept_files(folder))
 
 
 def add_adapter(policy, model: str, rank: int, seed: int):
@@ -149,11 +169,30 @@ def add_adapter(policy, model: str, rank: int, seed: int):
         return get_peft_model(policy, config, autocast_adapter_dtype=False)
 
 
+def check_use(model: str, *, image_size: int, lora_rank: int = 0) -> None:
+    """Raise `ModelError` or `ValueError` where flags and model do not go together."""
+    shape_config(model)
+    if lora_rank:
+        check_no_adapter(model)
+    check_seen_size(image_processor_of(model), image_size)
+
+
+def check_files(model: str) -> str:
+    """Return what was found in a model's folder, no weight read. Raises `ModelError`."""
+    folder = folder_on_disk(base_of(model))
+    if folder is None:
+        return f"{model}: not on disk; its files are checked once they are fetched"
+    config = model_config(model)
+    load_processor(folder, config)
+    return f"{folder}: {check_folder(folder, config)}; tokenizer and image processor read"
+
+
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Pass over what transformers warns of because peft still calls it by its old name."""
+    """Pass over warnings: of an old name by which peft calls transformers, of what we tell."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # see `check_names`
         yield
 
 
@@ -168,29 +207,30 @@ def load_weights(
     """Return the model of a folder or hub id on the host; safetensors only, no code of others.
 
     With its own config, unless one is given. A folder with an adapter gives the model that it
-    belongs to, with the adapter merged into its weights.
-
-    Raises `ModelError`, also for weights that are missing or of another shape, which transformers
-    would fill with random numbers.
+    belongs to, with the adapter merged into its weights. Raises `ModelError`.
     """
     if (base := base_of(model)) != model:
         return merge(load_weights(base, dtype), model)
-    logging.getLogger("transformers.modeling_utils").addFilter(is_not_load_report)
+    folder = folder_of(model)
+    config = config or model_config(model)
+    check_folder(folder, config)
     try:
-        loaded, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            model,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever a damaged folder or a lost connection makes it raise
+        with progress_bar(sys.stderr.isatty()):
+            return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+    except Exception as error:  # whatever a damaged folder makes it raise
         raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(f"model {model}: {len(missing)} weights are missing, as {missing[0]}")
-    return loaded
+
+
+def check_folder(folder: Path, config: Qwen2_5_VLConfig) -> str:
+    """Return what the files of a model were found to be, no weight read. Raises `ModelError`."""
+    check_pointers(folder)
+    empty = empty_model(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]  # the embeddings, under another name
+    return check_weights(folder, shapes)
 
 
 def base_of(model: str) -> str:
@@ -201,47 +241,131 @@ def base_of(model: str) -> str:
     path = Path(model) / "adapter_config.json"
     if not path.is_file():
         return model
-    try:
-        return str(json.loads(path.read_text())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model {model}: adapter_config.json is damaged") from error
+    base = read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{path}: does not name the model that the adapter belongs to")
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise ModelError(
+            f"{path}: the adapter belongs to {base}, and there is no such folder; if that model "
+            f"has moved, write its place to base_model_name_or_path in this file"
+        )
+    return base
+
+
+def check_no_adapter(model: str) -> None:
+    """Raise `ModelError` for a model that is an adapter: another on top would fit nothing else."""
+    if base_of(model) != model:
+        raise ModelError(
+            f"--model {model}: is an adapter, and one that is trained on top of it would be of no "
+            f"use without it. Go on with its run (--resume RUN --steps N), or make a whole model "
+            f"of it first (--resume RUN --merge)"
+        )
 
 
 def merge(base, adapter: str):
     """Return a model with the adapter of a folder added to its weights. Raises `ModelError`."""
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ModelError(f"model {adapter}: an adapter needs peft: pip install peft") from error
     try:
+        check_pointers(Path(adapter))
         with quiet_peft():
             on_host = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
+            wanted = get_peft_model_state_dict(on_host, save_embedding_layers=False).keys()
+            check_names(adapter, wanted)
             return on_host.merge_and_unload()
+    except ModelError:
+        raise
     except Exception as error:  # whatever a damaged folder makes it raise
         raise ModelError(f"model {adapter}: cannot be loaded: {first_line(error)}") from error
 
 
-def is_not_load_report(record: logging.LogRecord) -> bool:
-    """Return whether a log record is anything but the table of what a folder's weights lack."""
-    return "LOAD REPORT" not in record.getMessage()  # `load_weights` says it in one line
+def check_names(adapter: str, wanted: Iterable[str]) -> None:
+    """Raise `ModelError` unless an adapter's file holds what its base takes, under these names.
+
+    peft would pass over names that fit nowhere, and give the base without an adapter.
+    """
+    with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+        found = set(file.keys())
+    if surplus := sorted(found.difference(wanted)):
+        raise ModelError(
+            f"model {adapter}: {len(surplus)} of its {len(found)} weights fit nowhere in its base "
+            f"model, as {surplus[0]}"
+        )
+    if missing := sorted(set(wanted) - found):
+        raise ModelError(f"model {adapter}: {len(missing)} weights are missing, as {missing[0]}")
 
 
-def check_fit(model: str, processor, policy) -> None:
-    """Raise an error where files beside the weights are damaged, or missing, in a way that
-    transformers passes over: it would go on with an empty vocabulary or one stop token of two.
+def load_processor(folder: Path, config: Qwen2_5_VLConfig):
+    """Return what turns text and images into model inputs. Raises `ModelError`.
+
+    Also where files are damaged in a way that transformers passes over: it would go on with an
+    empty vocabulary.
     """
     text = "<answer>12.34</answer>"
-    tokenizer = processor.tokenizer
-    if tokenizer.decode(tokenizer(text)["input_ids"]) != text or tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer is incomplete")
-    prompts = encode(processor, [Image.new("RGB", (56, 56))], system="", prompt=text)
-    is_image = prompts.input_ids == policy.config.image_token_id
-    if not is_image.any() or not torch.equal(is_image, prompts.mm_token_type_ids == IMAGE_TYPE):
-        raise ValueError("tokenizer, chat template and config.json disagree on the image token")
-    if os.path.exists(os.path.join(model, "generation_config.json")):
-        GenerationConfig.from_pretrained(model)
-    if policy.generation_config.eos_token_id is None:
-        raise ValueError("no eos_token_id in generation_config.json")
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = processor.tokenizer
+        if tokenizer.decode(tokenizer(text)["input_ids"]) != text or tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer is incomplete")
+        prompts = encode(processor, [Image.new("RGB", (56, 56))], system="", prompt=text)
+        is_image = prompts.input_ids == config.image_token_id
+        if not is_image.any() or not torch.equal(is_image, prompts.mm_token_type_ids == IMAGE_TYPE):
+            raise ValueError("tokenizer, chat template and config.json disagree on the image token")
+    except Exception as error:  # whatever a damaged folder makes it raise
+        raise ModelError(f"model {folder}: cannot be loaded: {first_line(error)}") from error
+    return processor
+
+
+def decoding(folder: Path, tokenizer) -> GenerationConfig:
+    """Return how a model is to be decoded, by others too: as it was trained and measured.
+
+    With its own stop ids and padding, and nothing that reshapes its distribution: the published
+    generation_config.json has a repetition penalty and a temperature of 1e-6. Raises `ModelError`.
+    """
+    stops, pad = known_ids(tokenizer, STOPS), tokenizer.pad_token_id
+    path = folder / "generation_config.json"
+    if path.exists():
+        published = read_json(path)
+        stops, pad = published.get("eos_token_id"), published.get("pad_token_id", pad)
+    else:
+        print(f"{folder}: no generation_config.json; completions end at {' or '.join(STOPS)}")
+    stops = [stops] if isinstance(stops, int) else stops
+    if not (isinstance(stops, list) and stops and all(isinstance(stop, int) for stop in stops)):
+        raise ModelError(f"{path}: no eos_token_id, which ends a completion")
+    return GenerationConfig(
+        eos_token_id=stops,
+        pad_token_id=pad,
+        do_sample=False,
+        temperature=1.0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+    )
+
+
+def known_ids(tokenizer, tokens: tuple[str, ...]) -> list[int]:
+    """Return the ids of those tokens that the tokenizer has."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens if token in vocabulary]
+
+
+def check_finite(model: str, policy) -> None:
+    """Raise `ModelError` for a model with a weight that is not a number, or infinite."""
+    if names := not_finite(policy):
+        raise ModelError(
+            f"model {model}: {len(names)} of its weights are not finite (nan or infinite), as "
+            f"{names[0]}: its files are damaged, or its training went wrong"
+        )
+
+
+def not_finite(policy) -> list[str]:
+    """Return the names of the parameters that hold a value that is not finite."""
+    names, parameters = zip(*policy.named_parameters(), strict=True)
+    finite = torch.stack([parameter.isfinite().all() for parameter in parameters])
+    if finite.all():  # host sync
+        return []
+    return [name for name, is_finite in zip(names, finite.tolist(), strict=True) if not is_finite]
 
 
 @torch.no_grad()
@@ -278,23 +402,64 @@ def save_policy(loaded: Loaded, folder: Path) -> None:
     else:
         loaded.adapter.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink()  # a form to fill in
-    loaded.processor.save_pretrained(folder)
+        loaded.policy.generation_config.save_pretrained(folder)
+    save_files(loaded, folder)
 
 
 def save_merged(loaded: Loaded, folder: Path) -> None:
     """Write the policy with its adapter merged into the weights; the adapter to `adapter/`."""
     save_policy(loaded, folder / "adapter")
-    save_weights(load_weights(str(folder / "adapter"), loaded.policy.dtype), folder)
-    loaded.processor.save_pretrained(folder)
+    merged = load_weights(str(folder / "adapter"), loaded.policy.dtype)
+    merged.generation_config = loaded.policy.generation_config
+    save_weights(merged, folder)
+    save_files(loaded, folder)
+
+
+def save_files(loaded: Loaded, folder: Path) -> None:
+    """Write what goes beside the weights: the base's own files where it has them, unchanged.
+
+    transformers would write tokenizer, preprocessor and config in the form of its own version,
+    which older ones cannot read. An adapter's folder has no config.json.
+    """
+    if not loaded.files:
+        loaded.processor.save_pretrained(folder)
+    for name, content in loaded.files.items():
+        if name != CONFIG:
+            (folder / name).write_bytes(content)
+        elif (folder / CONFIG).exists():
+            (folder / CONFIG).write_bytes(with_dtype(content, loaded.policy.dtype))
+
+
+def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
+    """Return a config.json for weights of this dtype: unchanged if they are what it says.
+
+    >>> with_dtype(b'{"torch_dtype": "bfloat16"}', torch.bfloat16)
+    b'{"torch_dtype": "bfloat16"}'
+    """
+    values, name = json.loads(config), str(dtype).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in values else "dtype"
+    if values.get(key) == name:
+        return config
+    return json.dumps(values | {key: name}, indent=2).encode() + b"\n"
 
 
 def save_weights(model, folder: Path) -> None:
     """Write a model to a folder, for `from_pretrained`, without a progress bar."""
-    disable_progress_bar()
-    try:
+    with progress_bar(False):
         model.save_pretrained(folder)
+
+
+@contextmanager
+def progress_bar(is_shown: bool) -> Iterator[None]:
+    """Let transformers show its progress bars in the block, if it would at all, or not."""
+    before = is_progress_bar_enabled()
+    if not is_shown:
+        disable_progress_bar()
+    try:
+        yield
     finally:
-        enable_progress_bar()
+        if before:
+            enable_progress_bar()
 
 
 def use_own_attention(model) -> None:
@@ -322,21 +487,21 @@ class PatchProjection(torch.nn.Conv3d):
 def model_config(model: str) -> Qwen2_5_VLConfig:
     """Return the config of a folder or hub id. Raises `ModelError` if it is not Qwen2.5-VL."""
     model = base_of(model)
-    owner = model.split("/")[0]
-    is_hub_id = model.count("/") == 1 and owner not in ("", ".", "..", "~")
-    if not os.path.isdir(model) and (not is_hub_id or os.path.isdir(owner)):
-        raise ModelError(f"model {model}: no such folder, and not a hub id like Qwen/NAME")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
+    folder = folder_of(model, config_only=True)
+    check_pointers(folder)
+    if not (folder / CONFIG).exists():
+        raise ModelError(f"model {model}: no readable model in this folder: no {CONFIG}")
+    described = read_json(folder / CONFIG)
+    if described.get("model_type") != MODEL_TYPE:
+        kind = described.get("model_type", "nameless")
+        raise ModelError(f"model {model}: is a {kind} model, not {MODEL_TYPE}")
+    check_quantized(model, described)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        where = "in this folder" if os.path.isdir(model) else "on disk or on the hub"
         raise ModelError(
-            f"model {model}: no readable model {where}: {first_line(error)}"
+            f"model {model}: config.json cannot be read: {first_line(error)}"
         ) from error
-    if config.model_type != MODEL_TYPE:
-        raise ModelError(f"model {model}: is a {config.model_type} model, not {MODEL_TYPE}")
-    return config
 
 
 def shape_config(model: str) -> Qwen2_5_VLConfig:
@@ -446,18 +611,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused, total  # what torch holds in reserve can be used again
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/proc/meminfo") as lines:
-            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        return kib * 1024, total
-    except (OSError, StopIteration):  # not Linux: count all of it
-        return total, total
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, for messages that must be one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return free_host_memory()
 
 
 def stop_ids(model) -> list[int]:
@@ -534,6 +688,37 @@ def encode(processor, images: list[Image.Image], *, system: str, prompt: str) ->
         mm_token_type_ids=mm_token_type_ids.repeat(len(images), 1),
         image_grid_thw=batch["image_grid_thw"],
     )
+
+
+def image_processor_of(model: str) -> Qwen2VLImageProcessor:
+    """Return what cuts a model's images into patches. Raises `ModelError`.
+
+    Of a model that is not on disk yet, one with the limits of those that are published.
+    """
+    folder = folder_on_disk(base_of(model))
+    if folder is None:
+        return Qwen2VLImageProcessor(size=PUBLISHED_PIXELS)
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged folder makes it raise
+        raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
+
+
+def check_seen_size(processor: Qwen2VLImageProcessor, image_size: int) -> None:
+    """Raise `ValueError` for an image size, in pixels, that the image processor would change.
+
+    What the model saw, and how many tokens it took, would not be what the flag says.
+    """
+    image = Image.new("RGB", (image_size, image_size))
+    pictures, _ = process_vision_info([[user_turn(image, "")]])
+    _, height, width = processor(images=pictures, return_tensors="pt")["image_grid_thw"][0].tolist()
+    seen = (width * processor.patch_size, height * processor.patch_size)
+    if seen != image.size:
+        least, most = (processor.size[edge] for edge in PUBLISHED_PIXELS)
+        raise ValueError(
+            f"--image-size {image_size}: the model's image processor would make it {seen[0]} x "
+            f"{seen[1]}; it takes {least:,} to {most:,} pixels in all"
+        )
 
 
 @lru_cache(maxsize=8)

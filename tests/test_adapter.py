@@ -3,6 +3,8 @@ vision tower, frozen or not.
 """
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from conftest import (
     stock_logprobs,
 )
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_faults import faults, refused, tree
 from test_grpo import OPTIONS, collect
 from test_main import SMALL
@@ -274,7 +277,79 @@ def test_damaged_adapters_are_told_in_one_line(tmp_path, capsys):
         load(str(final), **PLACE)
     (final / "adapter_config.json").write_text("{}")
     told = refused(capsys, *SMALL, "--model", str(final))
-    assert told.endswith(f"model {final}: adapter_config.json is damaged")
+    assert "adapter_config.json: does not name the model that the adapter belongs to" in told
+
+
+def rename(path: Path, names: dict[str, str]) -> None:
+    """Give some of an adapter's weights other names; part of each name is replaced."""
+    weights = load_file(path / "adapter_model.safetensors")
+    for old, new in names.items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    save_file(weights, path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("language_model.", "", "56 of its 56 weights fit nowhere in its base model, as base_"),
+        ("layers.3.mlp.up_proj", "layers.9.mlp.up_proj", r"2 of its 56 .*layers\.9\.mlp\.up_proj"),
+    ],
+)
+def test_an_adapter_whose_names_fit_nowhere_is_not_taken_for_its_base(tmp_path, old, new, told):
+    """As those made before transformers named the language model; peft would say nothing."""
+    final = run(tmp_path / "run", "--steps", "1") / "final"
+    rename(final, {old: new})
+    with pytest.raises(ModelError, match=told):
+        load(str(final), **PLACE)
+
+
+def test_weights_that_an_adapter_lacks_are_named(tmp_path):
+    final = run(tmp_path / "run", "--steps", "1") / "final"
+    weights = load_file(final / "adapter_model.safetensors")
+    name, _ = weights.popitem()
+    save_file(weights, final / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=f"1 weights are missing, as {name}"):
+        load(str(final), **PLACE)
+
+
+def test_an_adapter_of_another_rank_is_told_with_both_shapes(tmp_path):
+    final = run(tmp_path / "run", "--steps", "1") / "final"
+    config = json.loads((final / "adapter_config.json").read_text())
+    (final / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(ModelError, match=r"size mismatch for .*\[2, 192\].*\[3, 192\]"):
+        load(str(final), **PLACE)
+
+
+def test_an_adapter_on_an_adapter_is_refused_and_a_merged_one_is_a_base(tmp_path, capsys):
+    """Alone, the second would fit no model that others can load."""
+    first = run(tmp_path / "run", "--steps", "1")
+    flags = [*SMALL, "--lora-rank", "2", "--runs", str(tmp_path)]
+    for part in ("final", "checkpoints/step-000001"):
+        told = refused(capsys, *flags, "--model", str(first / part))
+        assert "is an adapter" in told
+        assert "--resume RUN --merge" in told
+    main.main(["--resume", str(first), "--merge"])
+    assert (first / "final" / "model.safetensors").exists()
+    assert len(read_lines(first / "metrics.jsonl")) == 1
+    merged = load(str(first / "final"), **PLACE).policy
+    beside = load(str(first / "final" / "adapter"), **PLACE).policy
+    assert all(map(torch.equal, merged.parameters(), beside.parameters()))
+    assert "1 steps are done" in refused(capsys, "--resume", str(first))
+    main.main([*flags, "--steps", "1", "--name", "second", "--model", str(first / "final")])
+    config = json.loads((tmp_path / "second" / "final" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(first / "final")
+
+
+def test_a_base_that_is_gone_is_named_as_such(tmp_path, capsys):
+    final = run(tmp_path / "run", "--steps", "1") / "final"
+    config = json.loads((final / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone/tiny"
+    (final / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        evaluate([str(tmp_path / "run")])
+    told = capsys.readouterr().err
+    assert "the adapter belongs to /gone/tiny, and there is no such folder" in told
+    assert "base_model_name_or_path in this file" in told
 
 
 # --- what is refused, and what is counted -------------------------------------------------

@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, file_size_limit):
         with file_size_limit(limit), pytest.raises(CheckpointError):
             save(tmp_path, loaded, optimizer, steps_done=3, keep=1, **PARTS)
         with file_size_limit(1_000), pytest.raises(CheckpointError):
-            save_final(tmp_path, loaded)
+            save_final(tmp_path, loaded, steps_done=3)
         assert tree(tmp_path) == content
     restore(before, *fresh())
 
@@ -226,7 +226,7 @@ def test_a_policy_gone_wrong_does_not_take_the_place_of_a_good_one(tmp_path, val
     with pytest.raises(CheckpointError, match="not finite"):
         save(tmp_path, loaded, optimizer, steps_done=3, keep=1, **PARTS)
     with pytest.raises(CheckpointError, match="not finite"):
-        save_final(tmp_path, loaded)
+        save_final(tmp_path, loaded, steps_done=3)
     assert tree(tmp_path) == before
 
 
