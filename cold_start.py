@@ -13,6 +13,8 @@ formula), so that both are left for GRPO to teach, as they are with an instruct 
 import argparse
 import math
 import re
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +36,20 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from config import check_number
 from fastpath import prepare_gpu, trust_triton
+from parallel import check_alone
 from policy import (
     Loaded,
     ModelError,
     Prompts,
+    check_seen_size,
+    check_use,
     encode,
     load,
+    not_finite,
     place,
+    save_policy,
     shape_config,
     trained_count,
     use_own_attention,
@@ -49,6 +57,7 @@ from policy import (
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from scoring import completion_logprobs
 from shapes import Shape, ShapeSpec, check_image_size, make_example
+from terminal import never_fail
 
 DIMENSIONS = {
     "rectangle": "rectangle, width {width:.0f}, height {height:.0f}",
@@ -274,7 +283,7 @@ def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None
         batch_size=None,  # an item is a step's batch already
         num_workers=args.workers,
     )
-    progress = tqdm(lessons, unit="step", desc="cold start")
+    progress = tqdm(lessons, unit="step", desc="cold start", disable=None)
     for step, (prompts, ids, lengths) in enumerate(progress):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warmup_cosine(step, args.steps)
@@ -300,8 +309,7 @@ def save(loaded: Loaded, folder: Path) -> None:
     for parameter in loaded.policy.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     loaded.policy.config.dtype = "bfloat16"
-    loaded.policy.save_pretrained(folder)
-    loaded.processor.save_pretrained(folder)
+    save_policy(loaded, folder)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -337,10 +345,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Make a folder with a warmed-up model."""
+    never_fail()
     prepare_gpu()
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
+        check_alone()
         spec = ShapeSpec(args.min_size, args.max_size, args.max_rotation)
         check_arguments(args)
         args.lr = args.lr or (1e-3 if args.from_scratch else 1e-5)
@@ -348,29 +358,30 @@ def main(arguments: list[str] | None = None) -> None:
         args.out.mkdir(parents=True)  # now, not after the training, if it cannot be made
     except (ValueError, OSError, ModelError) as error:
         parser.error(str(error))
-    supervise(loaded, spec, args)
-    save(loaded, args.out)
+    try:
+        supervise(loaded, spec, args)
+        if names := not_finite(loaded.policy):
+            sys.exit(f"{args.out}: not saved: {names[0]} is not finite; a lower --lr usually helps")
+        save(loaded, args.out)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        with suppress(OSError):  # nothing is left where nothing was saved
+            args.out.rmdir()
     print(f"{args.out}: saved, loadable with from_pretrained")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `ValueError`, in one line, for a value that is not accepted."""
     check_image_size(args.image_size)
-    for name, least in {
-        "steps": 1,
-        "batch_size": 1,
-        "seed": 0,
-        "area_noise": 0,
-        "workers": 0,
-    }.items():
-        if not least <= getattr(args, name) < math.inf:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}")
-    for name in ("sloppy", "mistakes"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name} {getattr(args, name):g}: must be a share, from 0 to 1")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr {args.lr:g}: must be above 0")
+    for flag, least in {"--steps": 1, "--batch-size": 1, "--seed": 0}.items():
+        check_number(flag, getattr(args, flag[2:].replace("-", "_")), least=least)
+    check_number("--workers", args.workers, least=0, most=256)
+    check_number("--area-noise", args.area_noise, least=0, most=10)
+    check_number("--sloppy", args.sloppy, least=0, most=1)
+    check_number("--mistakes", args.mistakes, least=0, most=1)
+    if args.lr is not None:
+        check_number("--lr", args.lr, above=0, most=1)
     if args.out.exists():
         raise ValueError(f"--out {args.out}: exists already; give a new folder")
 
@@ -382,8 +393,10 @@ def starting_model(args: argparse.Namespace) -> Loaded:
         if args.device == "cuda" and not found_gpu:
             raise ValueError("--device cuda: no CUDA GPU was found")
         loaded = new_model(args.seed, args.size)
+        check_seen_size(loaded.processor.image_processor, args.image_size)
         loaded.policy.to("cuda" if found_gpu and args.device != "cpu" else "cpu")
         return loaded
+    check_use(args.model, image_size=args.image_size)
     device, dtype = place(
         args.model,
         device=args.device,

@@ -23,8 +23,8 @@ LARGEST = 1_000_000_000  # of a whole number without a limit of its own
 def knob(default, help: str, *, least=None, above=None, most=None, choices=None, free=False):
     """Return a dataclass field that also knows its help text and what values it accepts.
 
-    A `free` knob does not change what a run computes, or where it is at: it may be given another
-    value when the run is resumed.
+    A `free` knob does not change what a run computes: it may be given another value when the run is
+    resumed. (The model may be in another place: by its checksums it must be the same.)
     """
     limits = {"least": least, "above": above, "most": most, "choices": choices}
     return field(default=default, metadata={"help": help, "free": free, **limits})
@@ -35,7 +35,7 @@ class Config:
     """One run. The command line is made from these fields."""
 
     # model
-    model: str = knob("Qwen/Qwen2.5-VL-7B-Instruct", "folder or hub id of a Qwen2.5-VL")
+    model: str = knob("Qwen/Qwen2.5-VL-7B-Instruct", "folder or hub id of a Qwen2.5-VL", free=True)
     device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = knob("auto", "auto: bfloat16 on cuda", choices=("auto", *DTYPES))
     checkpoint_layers: str = knob(
@@ -53,7 +53,7 @@ class Config:
     max_size: float = knob(35.0, "largest dimension, grid units", above=0)
     rotate: bool = knob(False, "turn the shapes")
     max_rotation: float = knob(45.0, "largest turn to either side, degrees", least=0, most=180)
-    image_size: int = knob(224, "side of the picture, pixels, a multiple of 28", least=28)
+    image_size: int = knob(224, "side of the picture, pixels, a multiple of 28")
     reasoning_tag: str = knob("reasoning", "tag asked for and rewarded", choices=REASONING_TAGS)
     correctness: str = knob(
         "linear", "shape of the area reward: see penalty in rewards.py", choices=CORRECTNESS
@@ -63,26 +63,30 @@ class Config:
     prompts_per_step: int = knob(4, "plots per step", least=1)
     group_size: int = knob(8, "completions per plot, compared with each other", least=2)
     max_new_tokens: int = knob(512, "limit of a completion; longer ones are cut off", least=1)
-    temperature: float = knob(1.0, "of sampling and of scoring", least=0.01)
+    temperature: float = knob(1.0, "of sampling and of scoring", least=0.01, most=100)
     # algorithm
     loss: str = knob(
         "grpo", "how tokens are averaged: see token_weights in grpo.py", choices=LOSSES
     )
-    beta: float = knob(0.05, "weight of the KL penalty; 0: no reference is loaded", least=0)
+    beta: float = knob(
+        0.05, "weight of the KL penalty; 0: no reference is loaded", least=0, most=1000
+    )
     clip_eps: float = knob(0.2, "lower clip of the ratio, 1 - eps", above=0, most=1)
-    clip_eps_high: float = knob(0.2, "upper clip of the ratio, 1 + eps", above=0)
+    clip_eps_high: float = knob(0.2, "upper clip of the ratio, 1 + eps", above=0, most=1000)
     inner_epochs: int = knob(1, "updates per rollout", least=1)
     sync_reference_every: int = knob(0, "steps between moves of the reference; 0: never", least=0)
     reference_mix: float = knob(0.6, "policy's share in such a move", above=0, most=1)
     # optimizer
-    lr: float = knob(2e-6, "learning rate after the warm-up", above=0)
+    lr: float = knob(2e-6, "learning rate after the warm-up", above=0, most=1)
     warmup_steps: int = knob(20, "steps of linear warm-up", least=0)
     adam_beta1: float = knob(0.9, "decay of AdamW's first moment", least=0, most=0.9999)
     adam_beta2: float = knob(0.99, "decay of AdamW's second moment", least=0, most=0.9999)
     weight_decay: float = knob(
-        0.0, "of AdamW; on bf16 weights lr * decay below 0.002 rounds to 0", least=0
+        0.0, "of AdamW; on bf16 weights lr * decay below 0.002 rounds to 0", least=0, most=1
     )
-    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", above=0)
+    max_grad_norm: float = knob(
+        1.0, "gradients are scaled down to this norm", above=0, most=LARGEST
+    )
     micro_batch: int = knob(
         4, "prompts per backward pass; memory only, same gradient", least=1, free=True
     )
@@ -169,7 +173,7 @@ def make_parser(description: str = "") -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, show what memory and disk the run takes, and stop",
+        help="check flags and the model's files, show what the run takes, and stop",
     )
     for knob_field in dataclasses.fields(Config):
         options = {"help": f"{knob_field.metadata['help']} ({default_text(knob_field)})"}
@@ -211,11 +215,30 @@ def make_config(arguments: argparse.Namespace) -> Config:
     check_same_run(saved, given)
     config = dataclasses.replace(saved, **given)
     check(config, {})
-    return config
+    return config if "model" in given else dataclasses.replace(config, model=place_now(run, config))
+
+
+def place_now(run: Path, config: Config) -> str:
+    """Return where a run's model is: it may have moved along with the run, as a checkout does.
+
+    Raises `ValueError` if it is not to be found.
+    """
+    if not os.path.isabs(config.model) or os.path.isdir(config.model):
+        return config.model
+    before = read_description(run).get("folder", run.absolute())
+    moved = os.path.normpath(run.absolute() / os.path.relpath(config.model, before))
+    if not os.path.isdir(moved):
+        raise ValueError(
+            f"--resume {run}: its model was {config.model}, and there is no such folder; if it has "
+            f"moved: --model FOLDER (by its checksums it must be the same)"
+        )
+    return moved
 
 
 def saved_config(run: Path) -> Config:
     """Return the knobs in a run's config.json. Raises `ValueError` if there are none to go on."""
+    if (run / "state.json").is_file():
+        raise ValueError(f"--resume {run}: is a part of a run; give the run's folder")
     if not (run / "config.json").is_file():
         raise ValueError(f"--resume {run}: not a run folder, there is no config.json in it")
     if not os.access(run, os.W_OK):
@@ -266,7 +289,7 @@ def check(config: Config, given: dict) -> None:
     if config.sync_reference_every and config.beta == 0:
         raise ValueError("--sync-reference-every: there is no reference with --beta 0")
     check_adapter(config, given)
-    if config.report_to != "none" and find_spec(config.report_to) is None:
+    if config.report_to != "none" and not is_installed(config.report_to):
         raise ValueError(
             f"--report-to {config.report_to}: needs that package: pip install {config.report_to}"
         )
@@ -280,7 +303,7 @@ def check_adapter(config: Config, given: dict) -> None:
         if config.merge:
             raise ValueError("--merge: has no effect without --lora-rank")
         return
-    if find_spec("peft") is None:
+    if not is_installed("peft"):
         raise ValueError(f"--lora-rank {config.lora_rank}: needs peft: pip install peft")
     if "freeze_vision" in given and not config.freeze_vision:
         raise ValueError("--no-freeze-vision: --lora-rank trains the language model only")
@@ -290,6 +313,12 @@ def check_adapter(config: Config, given: dict) -> None:
         )
 
 
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported; a folder of that name, as wandb/, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def flag_of(name: str) -> str:
     """Return the flag of a knob."""
     return "--" + name.replace("_", "-")
@@ -297,12 +326,19 @@ def flag_of(name: str) -> str:
 
 def check_limits(knob_field: dataclasses.Field, value) -> None:
     """Raise `ValueError`, naming flag, value and what is accepted, for a value out of range."""
-    choices = knob_field.metadata["choices"]
+    flag, choices = flag_of(knob_field.name), knob_field.metadata["choices"]
     if choices and value not in choices:
-        raise ValueError(f"{flag_of(knob_field.name)} {value}: must be one of {', '.join(choices)}")
-    if not isinstance(value, int | float):
-        return
-    least, above, most = (knob_field.metadata[name] for name in ("least", "above", "most"))
+        raise ValueError(f"{flag} {value}: must be one of {', '.join(choices)}")
+    if isinstance(value, int | float):
+        limits = {name: knob_field.metadata[name] for name in ("least", "above", "most")}
+        check_number(flag, value, **limits)
+
+
+def check_number(flag: str, value: float, *, least=None, above=None, most=None) -> None:
+    """Raise `ValueError`, naming flag, value and what is accepted, for a number out of range.
+
+    A whole number without a limit of its own may be a billion.
+    """
     if most is None and isinstance(value, int):
         most = LARGEST
     in_range = (
@@ -315,4 +351,4 @@ def check_limits(knob_field: dataclasses.Field, value) -> None:
         bounds = [("at least", least), ("above", above), ("at most", most)]
         accepted = " and ".join(f"{word} {bound:,}" for word, bound in bounds if bound is not None)
         finite = "" if isinstance(value, int) else ", and finite"
-        raise ValueError(f"{flag_of(knob_field.name)} {value}: must be {accepted}{finite}")
+        raise ValueError(f"{flag} {value}: must be {accepted}{finite}")

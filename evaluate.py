@@ -8,24 +8,27 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from checkpoint import checkpoints_of
+from checkpoint import CheckpointError, checkpoints_of, steps_of
+from config import check_number
 from fastpath import prepare_gpu
 from grpo import is_out_of_memory
-from parallel import process_count, process_index
-from policy import ModelError, encode, load, place, stop_ids
-from rewards import REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
+from parallel import check_alone, process_count, process_index
+from policy import ModelError, check_use, encode, load, place, stop_ids
+from rewards import CORRECTNESS, REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
 from runlog import RunError, read_description
 from sampling import Sampler, completion_texts, make_generator
-from shapes import KINDS, Shape, ShapeSpec, check_image_size, make_example
+from shapes import KINDS, Figure, Shape, ShapeSpec, check_image_size, make_example
+from terminal import check_folder, never_fail, write_file
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 SIZE_THIRDS = ("small", "medium", "large")  # thirds of the examples, by true area
@@ -61,6 +64,7 @@ def evaluate(
     seed: int,
     image_size: int,
     reasoning_tag: str,
+    correctness: str,
     batch_size: int,
     temperature: float = 0.0,
 ) -> Iterator[Answer]:
@@ -84,7 +88,7 @@ def evaluate(
         )
         texts = completion_texts(processor, completions, stop_ids(model))
         for example, text in zip(batch[: examples - start], texts, strict=False):
-            reward = score(text, example.area, reasoning_tag=reasoning_tag)
+            reward = score(text, example.area, reasoning_tag=reasoning_tag, correctness=correctness)
             yield Answer(example.shape, text, reward)
 
 
@@ -165,7 +169,6 @@ def table(summaries: dict[str, dict[str, float]]) -> str:
 def draw(answers: list[Answer], path: Path, *, title: str) -> None:
     """Write a picture: predicted against true area, one colour per class."""
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     limit = 1.05 * max(answer.shape.area for answer in answers)
     axes.plot([0, limit], [0, limit], color="0.6", linewidth=1, label="exact")
@@ -176,7 +179,11 @@ def draw(answers: list[Answer], path: Path, *, title: str) -> None:
         axes.scatter(true, predicted, s=14, alpha=0.7, label=f"{kind} ({len(read)})", clip_on=False)
     unread = sum(answer.reward.predicted is None for answer in answers)
     axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
-    axes.set_title(f"{title}: {len(answers)} held-out examples, {unread} without a number")
+    axes.set_title(
+        f"{title}: {len(answers)} held-out examples, {unread} without a number",
+        parse_math=False,  # a $ in a path is a dollar
+        usetex=False,
+    )
     axes.set_xlabel("true area, square grid units")
     axes.set_ylabel("predicted area (beyond the frame: drawn on its edge)")
     axes.legend(loc="upper left")
@@ -192,7 +199,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage=argparse.SUPPRESS,
         description="Evaluate a run's final model (or newest checkpoint), or any Qwen2.5-VL, on "
         "held-out examples. "
-        "Task flags that are left out are the run's own.",
+        "Task flags that are left out are the run's own, also for a model in a run folder.",
     )
     parser.add_argument("target", metavar="RUN_OR_MODEL", help="run folder, model folder or hub id")
     number = {"type": float, "metavar": "X"}
@@ -204,6 +211,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", **count, help="pixels, a multiple of 28")
     parser.add_argument(
         "--reasoning-tag", choices=REASONING_TAGS, help="tag asked for and rewarded"
+    )
+    parser.add_argument(
+        "--correctness", choices=CORRECTNESS, help="shape of the area reward, as in training"
     )
     parser.add_argument("--seed", **count, help="of the examples")
     parser.add_argument("--max-new-tokens", **count, help="limit of an answer")
@@ -229,44 +239,79 @@ DEFAULTS = {  # for a model that comes without a run
     "max_rotation": 45.0,
     "image_size": 224,
     "reasoning_tag": "reasoning",
+    "correctness": "linear",
     "seed": 0,
     "max_new_tokens": 512,
 }
 
 
-def settle(args: argparse.Namespace) -> str:
-    """Fill in the flags that were left out, in place, and return the model to load.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is evaluated: weights to load, of which run (None: of none), after how many steps."""
 
-    A run's is its final model, else that of its newest checkpoint. Raises `ValueError` for a run
-    without either, and for values out of range; `RunError` for a damaged config.json.
+    weights: str
+    run: Path | None
+    steps_done: int | None
+
+    def __str__(self) -> str:
+        steps = "" if self.steps_done is None else f", after {self.steps_done} steps"
+        task = f"the task of {self.run}" if self.run else "no run: the task is that of the flags"
+        return f"{self.weights}{steps}; {task}"
+
+
+def find_target(target: str) -> Target:
+    """Return what RUN_OR_MODEL stands for: of a run, the weights of most steps.
+
+    A model inside a run folder (final/, a checkpoint) belongs to that run. Raises `ValueError` for
+    a run without weights, `CheckpointError` for a damaged one.
     """
-    folder = Path(args.target)
-    model, settings = args.target, DEFAULTS
-    if (folder / "metrics.jsonl").exists():
-        saved = [*checkpoints_of(folder), folder / "final"]
-        model = next((str(path) for path in reversed(saved) if path.is_dir()), None)
-        if model is None:
-            raise ValueError(f"{folder}: this run has neither final/ nor a checkpoint yet")
-        settings = DEFAULTS | run_settings(folder)
-    max_rotation_given = args.max_rotation is not None
+    run, folder = Path(target), Path(target).resolve()
+    if not (run / "metrics.jsonl").is_file():
+        around = (
+            folder.parents[:3] if folder.is_dir() else ()
+        )  # RUN/checkpoints/step-000100/reference
+        run = next((path for path in around if (path / "metrics.jsonl").is_file()), None)
+        return Target(target, run, steps_of(folder))
+    saved = [path for path in (*checkpoints_of(run), run / "final") if path.is_dir()]
+    if not saved:
+        raise ValueError(f"{run}: this run has neither final/ nor a checkpoint yet")
+    # an older version's final/ does not say: any checkpoint is at least as new
+    newest = max(saved, key=lambda path: (steps_of(path) or 0, path.name == "final"))
+    return Target(str(newest), run, steps_of(newest))
+
+
+def settle(args: argparse.Namespace, run: Path | None) -> None:
+    """Fill in the flags that were left out, in place, from a run or else the defaults.
+
+    Raises `ValueError` for values out of range; `RunError` for a damaged config.json.
+    """
+    settings = DEFAULTS | (run_settings(run) if run else {})
+    if args.max_rotation is not None and not args.rotate and not settings["rotate"]:
+        raise ValueError("--max-rotation: has no effect without --rotate")
     for name in DEFAULTS:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
-    limits = {"examples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0, "show": 0}
-    for name, least in limits.items():
-        if getattr(args, name) < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)}: must be at least {least}")
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature {args.temperature:g}: must be 0 or above")
+    for name, least in {
+        "examples": 1,
+        "batch_size": 1,
+        "max_new_tokens": 1,
+        "seed": 0,
+        "show": 0,
+    }.items():
+        check_number(f"--{name.replace('_', '-')}", getattr(args, name), least=least)
+    if args.temperature:  # 0 is greedy
+        check_number("--temperature", args.temperature, least=0.01, most=100)
     check_image_size(args.image_size)
-    if max_rotation_given and not args.rotate:
-        raise ValueError("--max-rotation: has no effect without --rotate")
-    args.plot = args.plot or (folder if model != args.target else Path()) / "evaluation.png"
-    for path in (args.json, args.plot):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: the folder does not exist")
-    return model
+    if args.plot is None:
+        args.plot = (run if run and os.access(run, os.W_OK) else Path()) / "evaluation.png"
+    elif args.plot.suffix.lstrip(".") not in (endings := Figure().canvas.get_supported_filetypes()):
+        endings = ", ".join(f".{ending}" for ending in sorted(endings))
+        raise ValueError(f"--plot {args.plot}: must end in one of {endings}")
+    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is not None and path.is_dir():
+            raise ValueError(f"{flag} {path}: is a folder; must be a file")
+        if path is not None:
+            check_folder(f"{flag} {path}: its folder", path.parent)
 
 
 def run_settings(folder: Path) -> dict:
@@ -279,62 +324,97 @@ def run_settings(folder: Path) -> dict:
     return settings
 
 
-def report(answers: list[Answer], spec: ShapeSpec, args: argparse.Namespace) -> None:
-    """Print some answers and the table; write the picture and, if asked, all numbers."""
-    for answer in answers[: args.show]:
-        print(f"{answer.shape.kind}, area {answer.shape.area:.2f}: {answer.text!r}")
+def collect(answers: Iterator[Answer], count: int) -> tuple[list[Answer], str | None]:
+    """Return the answers, and what has cut them short: those that are there are not lost."""
+    done = []
+    try:
+        for answer in tqdm(
+            answers, total=count, unit="answer", desc="evaluate", leave=False, disable=None
+        ):
+            done.append(answer)
+    except KeyboardInterrupt:
+        return done, "stopped"
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return done, "out of GPU memory; less is taken with --batch-size, --max-new-tokens"
+    return done, None
+
+
+def report(
+    answers: list[Answer], spec: ShapeSpec, target: Target, args: argparse.Namespace
+) -> bool:
+    """Write all numbers if asked, print some answers and the table, draw the picture.
+
+    Each fails alone; return whether all files are written.
+    """
     summaries = {name: summarize(group) for name, group in groups_of(answers).items()}
-    print(f"{args.target}: {spec}, relative errors are capped at 1")
-    print(table(summaries))
-    draw(answers, args.plot, title=args.target)
-    print(f"picture: {args.plot}")
+    writers = {args.plot: partial(draw, answers, title=args.target)}
     if args.json:
         numbers = {
+            **dataclasses.asdict(target),
             "arguments": vars(args),
             "summaries": summaries,
             "answers": [dataclasses.asdict(answer) for answer in answers],
         }
-        args.json.write_text(json.dumps(numbers, indent=2, default=str) + "\n")
-        print(f"numbers: {args.json}")
+        writers = {args.json: partial(write_json, numbers), **writers}
+    for answer in answers[: args.show]:
+        print(f"{answer.shape.kind}, area {answer.shape.area:.2f}: {answer.text!r}")
+    print(target)
+    print(f"{spec}, {args.correctness} area reward, relative errors are capped at 1")
+    print(table(summaries))
+    written = [path for path, write in writers.items() if write_file(path, write)]
+    print("\n".join(f"written: {path}" for path in written))
+    return len(written) == len(writers)
+
+
+def write_json(numbers: dict, path: Path) -> None:
+    """Write numbers to a file."""
+    path.write_text(json.dumps(numbers, indent=2, default=str) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate what the command line names, and report."""
+    never_fail()
     prepare_gpu()
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
-        model = settle(args)
+        check_alone()
+        target = find_target(args.target)
+        settle(args, target.run)
         rotation = args.max_rotation if args.rotate else 0.0
         spec = ShapeSpec(args.min_size, args.max_size, rotation)
-        device, dtype = place(
-            model, device=args.device, command_that_runs="python evaluate.py tiny"
-        )
-        loaded = load(model, device=device, dtype=dtype)
-    except (ValueError, ModelError, RunError) as error:
+        check_use(target.weights, image_size=args.image_size)
+        runs_here = {"device": args.device, "command_that_runs": "python evaluate.py tiny"}
+        device, dtype = place(target.weights, **runs_here)
+        loaded = load(target.weights, device=device, dtype=dtype)
+    except (ValueError, ModelError, RunError, CheckpointError) as error:
         parser.error(str(error))
-    answers = evaluate(
-        Sampler(
-            loaded.policy,
-            max_new_tokens=args.max_new_tokens,
-            pad_id=loaded.processor.tokenizer.pad_token_id,
+    answers, cut_short = collect(
+        evaluate(
+            Sampler(
+                loaded.policy,
+                max_new_tokens=args.max_new_tokens,
+                pad_id=loaded.processor.tokenizer.pad_token_id,
+            ),
+            loaded.processor,
+            spec,
+            examples=args.examples,
+            seed=args.seed,
+            image_size=args.image_size,
+            reasoning_tag=args.reasoning_tag,
+            correctness=args.correctness,
+            batch_size=min(args.batch_size, args.examples),
+            temperature=args.temperature,
         ),
-        loaded.processor,
-        spec,
-        examples=args.examples,
-        seed=args.seed,
-        image_size=args.image_size,
-        reasoning_tag=args.reasoning_tag,
-        batch_size=min(args.batch_size, args.examples),
-        temperature=args.temperature,
+        args.examples,
     )
-    progress = tqdm(answers, total=args.examples, unit="answer", desc="evaluate", leave=False)
-    try:
-        report(list(progress), spec, args)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        parser.error("out of GPU memory. Less is taken with --batch-size, --max-new-tokens")
+    if cut_short:
+        print(f"{cut_short} after {len(answers)} of {args.examples} answers", file=sys.stderr)
+    is_whole = report(answers, spec, target, args) if answers else True
+    if cut_short or not is_whole:
+        sys.exit(130 if cut_short == "stopped" else 2)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """What ends a run before its time, or deserves a warning: signals, numbers, a collapsing policy."""
 
+import math
 import os
 import signal
-import stat
 import statistics
 import threading
 import time
+from contextlib import suppress
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 
 from parallel import everyone, is_main, process_count
 
 # mean |log-prob sampled - scored| at the first step that still is rounding, in nats per token
 MAX_SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 MAX_SKIPPED = 5  # steps in a row whose numbers are not finite
+SECONDS_TO_SAVE = 600  # that a step and its checkpoint may take, at 7B
 WINDOW = 10  # steps: the latest so many are compared with the first so many
 LOOK = "look at samples.jsonl"
 
@@ -52,23 +55,33 @@ class StopSignal:
         alone = process_count() == 1
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL if alone else signal.SIG_IGN)
-        if number == signal.SIGHUP:
-            leave_terminal()
-        if is_main():  # not print: a handler may run in the middle of another print
+        if is_main():
             once_more = b" Once more stops at once." if alone else b""
-            os.write(2, b"\nStopping: the step is finished and saved first." + once_more + b"\n")
+            with suppress(OSError):  # not print: a handler may run in the middle of another print
+                os.write(2, b"\nStopping: the step is finished and saved first.%b\n" % once_more)
 
     def agreed_number(self) -> int:
         """Return the signal that any of the processes has received, the same on all; 0 if none."""
         return max(everyone([self.number or 0]))
 
 
-def leave_terminal() -> None:
-    """Send what would be written to the terminal, which is gone, to nowhere; files stay."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for output in (1, 2):
-        if stat.S_ISCHR(os.fstat(output).st_mode):
-            os.dup2(nowhere, output)
+def launcher_limit() -> str | None:
+    """Return a warning if a launcher would kill its processes before a step is saved.
+
+    After Ctrl-C or SIGTERM torchrun and accelerate wait 30 s, unless a variable says otherwise.
+    """
+    if process_count() == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    can_be_set = "shutdown_timeout" in LaunchConfig.__dataclass_fields__  # since torch 2.14
+    limit = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30") if can_be_set else "30"
+    if limit.isdecimal() and int(limit) >= SECONDS_TO_SAVE:
+        return None
+    longer = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={SECONDS_TO_SAVE} in the launcher's environment, or "
+    return (
+        f"After Ctrl-C or SIGTERM the launcher kills this run within {limit} s, saved or not. What "
+        f"gives it time: {longer if can_be_set else ''}the signal to this process alone (kill -INT "
+        f"{os.getpid()})"
+    )
 
 
 def follow_the_parent(_: int) -> None:
@@ -106,14 +119,29 @@ class Health:
         self.warned |= found.keys()
         return warnings
 
+    def check_end(self) -> None:
+        """Raise `Unhealthy` if the last step was skipped: what was left there is no model."""
+        if self.history and self.history[-1]["skipped"]:
+            raise Unhealthy(
+                f"the last step was skipped, {self.history[-1]['not_finite']} not finite: there is "
+                f"nothing to save; a lower --lr or a higher --beta usually helps"
+            )
+
 
 def check_sampler_gap(metrics: dict, dtype: torch.dtype) -> None:
     """Raise `Unhealthy` if, at the first step, sampling and scoring were not one distribution."""
-    allowed = MAX_SAMPLER_GAP[dtype]
-    if metrics["step"] == 0 and not metrics["sampler_gap_mean"] <= allowed:
+    allowed, gap = MAX_SAMPLER_GAP[dtype], metrics["sampler_gap_mean"]
+    if metrics["step"] > 0:
+        return
+    if not math.isfinite(gap):
+        raise Unhealthy(
+            f"the log-probs of the first samples are not finite, though the weights are: some are "
+            f"so large that {dtype} cannot hold what comes of them"
+        )
+    if gap > allowed:
         raise Unhealthy(
             f"the log-probs recorded while sampling and those of the scoring pass differ by "
-            f"{metrics['sampler_gap_mean']:.4f} per token (up to {allowed} is rounding). The "
+            f"{gap:.4f} per token (up to {allowed} is rounding). The "
             f"policy would be trained on samples it did not draw: temperature, positions, masks or "
             f"the key-value cache differ between sampling.Sampler and scoring.completion_logprobs"
         )
@@ -127,8 +155,7 @@ def check_skipped(history: list[dict]) -> list[str]:
     if len(history) >= MAX_SKIPPED and all(step["skipped"] for step in history[-MAX_SKIPPED:]):
         raise Unhealthy(
             f"{latest['not_finite']} not finite in {MAX_SKIPPED} steps in a row, which were all "
-            f"skipped. A new run from the last checkpoint (--model), with a lower --lr or a higher "
-            f"--beta, usually helps"
+            f"skipped; a lower --lr or a higher --beta usually helps"
         )
     return [f"step {latest['step']}: skipped, not finite: {latest['not_finite']}"]
 

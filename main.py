@@ -12,12 +12,12 @@ accelerate launch main.py            # on all GPUs of this machine, or on severa
 import dataclasses
 import math
 import os
-import resource
+import shlex
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from grpo import (
     sync_reference,
     update,
 )
-from health import Health, StopSignal, Unhealthy, follow_the_parent
+from health import Health, StopSignal, Unhealthy, follow_the_parent, launcher_limit
 from memory import (
     Work,
     at_least,
@@ -54,12 +54,14 @@ from memory import (
     trained_of,
     what_would_fit,
 )
-from parallel import everyone, is_main, join, process_count, process_index
+from parallel import everyone, is_main, join, launched, process_count, process_index
 from policy import (
     GIB,
     Loaded,
     ModelError,
     Prompts,
+    check_files,
+    check_use,
     choose_device,
     encode,
     first_line,
@@ -75,13 +77,15 @@ from runlog import (
     RunLog,
     Stopwatch,
     Tracker,
-    free_folder,
+    folders_of,
     new_run,
+    peak_host_memory,
     read_lines,
     resumed_run,
 )
 from sampling import Sampler, make_generator
 from shapes import Example, make_example
+from terminal import never_fail
 
 UPDATE_KNOBS = ("loss", "inner_epochs", "temperature", "beta", "clip_eps", "clip_eps_high")
 UPDATE_KNOBS += ("max_grad_norm", "max_new_tokens")
@@ -117,7 +121,7 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
             desc=log.folder.name,
             initial=steps_done,
             total=config.steps,
-            disable=not is_main(),
+            disable=None if is_main() else True,  # None: where there is no terminal
         )
         for step in progress:
             examples, rollout, metrics = take_step(
@@ -136,7 +140,8 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
                 save = False
             if signal_number and not is_last:
                 leave(log, signal_number)
-    checkpoint.save_final(log.folder, loaded, merge=config.merge)
+        health.check_end()
+    checkpoint.save_final(log.folder, loaded, steps_done=config.steps, merge=config.merge)
 
 
 def take_step(
@@ -184,11 +189,11 @@ def take_step(
 def next_batch(
     batches: Iterator[tuple[list[Example], Prompts]],
 ) -> tuple[list[Example], Prompts]:
-    """Return a step's examples and prompts. Raises `Unhealthy` if the loader has failed."""
+    """Return a step's examples and prompts. Raises `RunError` if the loader has failed."""
     try:
         return next(batches)
     except RuntimeError as error:
-        raise Unhealthy(f"the next plots could not be had: {first_line(error)}") from error
+        raise RunError(f"the next plots could not be had: {first_line(error)}") from error
 
 
 def save_checkpoint(
@@ -223,12 +228,23 @@ def what_is_saved(config: Config) -> dict[str, bool]:
 
 def how_to_go_on(run: Path) -> str:
     """Return what to type after a run has ended before its time."""
-    saved = checkpoint.checkpoints_of(run)
+    saved, command = (
+        checkpoint.checkpoints_of(run),
+        f"python main.py --resume {shlex.quote(str(run))}",
+    )
     if not saved:
-        return f"No checkpoint yet: python main.py --resume {run} starts the run again"
+        return f"No checkpoint yet: {command} starts the run again"
     if not checkpoint.has_optimizer(saved[-1]):
-        return f"Its weights: {saved[-1]}, from which a new run can start (--model)"
-    return f"Last checkpoint: {saved[-1]}. To go on: python main.py --resume {run}"
+        return (
+            f"{last_checkpoint(run)}, without an optimizer: a new run can start from it (--model)"
+        )
+    return f"{last_checkpoint(run)}. To go on: {command}"
+
+
+def last_checkpoint(run: Path) -> str:
+    """Return which one it is, in a few words."""
+    saved = checkpoint.checkpoints_of(run)
+    return f"Last checkpoint: {saved[-1]}" if saved else "There is no checkpoint"
 
 
 def leave(log: RunLog, signal_number: int) -> None:
@@ -429,7 +445,7 @@ def evaluate_and_log(
         config.spec,
         examples=config.eval_examples,
         batch_size=prompts_here(config) * config.group_size,  # the sampler's buffers stay
-        **pick(config, "seed", "image_size", "reasoning_tag"),
+        **pick(config, "seed", "image_size", "reasoning_tag", "correctness"),
     )
     summary = summarize(everyone(list(answers)))
     log.write("evaluations", {"steps_done": steps_done, **summary})
@@ -443,10 +459,8 @@ def evaluate_and_log(
 
 def peak_memory() -> int:
     """Return the most bytes this process has held: on the GPU if there is one, else in RAM."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else kib * 1024  # macOS counts bytes
+    is_on_gpu = torch.cuda.is_initialized()
+    return torch.cuda.max_memory_allocated() if is_on_gpu else peak_host_memory()
 
 
 def device_name(device: str) -> str:
@@ -459,20 +473,23 @@ def device_name(device: str) -> str:
 # --- new runs, and runs that go on ------------------------------------------------------
 
 
-def choose_folder(config: Config, preset: str | None) -> Path:
-    """Return the new run's folder. Raises `ValueError` if it exists or cannot be made."""
+def choose_folders(config: Config, preset: str | None) -> Iterable[Path]:
+    """Return the folders that the new run may have, in order; with a --name there is one.
+
+    Raises `ValueError` if it exists or cannot be made.
+    """
     runs = Path(config.runs)
     existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"--runs {runs}: cannot write to {existing}")
     if not config.name:
-        return free_folder(runs, preset or Path(config.model).resolve().name)
+        return folders_of(runs, preset or Path(config.model).resolve().name)
     folder = runs / config.name
     if Path(config.name).name != config.name:
         raise ValueError(f"--name {config.name}: must be the name of a folder in {runs}")
     if folder.exists():
         raise ValueError(f"--name {config.name}: {folder} exists; runs are never overwritten")
-    return folder
+    return [folder]
 
 
 def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
@@ -483,15 +500,17 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
     saved = checkpoint.checkpoints_of(run)
     if not saved:
         return None
-    done = checkpoint.read_state(saved[-1])["steps_done"]
-    if config.steps < done or (config.steps == done and (run / "final").is_dir()):
+    done = checkpoint.steps_of(saved[-1])
+    is_final = checkpoint.steps_of(run / "final") == done
+    is_to_merge = config.merge and (run / "final" / "adapter_config.json").is_file()
+    if config.steps < done or (config.steps == done and is_final and not is_to_merge):
         raise ValueError(
             f"--resume {run}: {done} steps are done; must be more: --steps {config.steps}"
         )
-    if not checkpoint.has_optimizer(saved[-1]):
+    if config.steps > done and not checkpoint.has_optimizer(saved[-1]):
         raise ValueError(
             f"--resume {run}: {saved[-1].name} has no optimizer state (--no-save-optimizer). A new "
-            f"run can start from its weights: --model {saved[-1]}"
+            f"run can start from its weights: --model {shlex.quote(str(saved[-1]))}"
         )
     return saved[-1]
 
@@ -508,15 +527,21 @@ def resume(
     if saved is not None:
         steps_done = checkpoint.restore(saved, loaded, optimizer)
     if not is_main():
+        everyone([])  # waits until the main one has cut its lines
         return Onlooker(run), optimizer, steps_done
+    tracker = make_tracker(config, run, resumed_at=steps_done)
     log = resumed_run(
         run,
-        config=dataclasses.asdict(config),
+        config=described(config),
         device=device_name(config.device),
         steps_done=steps_done,
     )
+    log.tracker = tracker
     checkpoint.clear_leftovers(run)
+    everyone([])
     print(f"{run}: goes on after {steps_done} steps")
+    if (run / "final").is_dir() and steps_done < config.steps:
+        print(f"{run / 'final'}: is of an earlier step, until the run has come to its end again")
     return log, optimizer, steps_done
 
 
@@ -538,7 +563,7 @@ def work_of(config: Config) -> Work:
     )
 
 
-def report_needs(config: Config, folder: Path) -> bool:
+def report_needs(config: Config, place: Path) -> bool:
     """Print what memory and disk a run takes; return whether this machine has the memory."""
     work = work_of(config)
     has_device = work.device == "cpu" or torch.cuda.is_available()
@@ -552,7 +577,7 @@ def report_needs(config: Config, folder: Path) -> bool:
     )
     print(table(found))
     print(f"  {'free':<40}" + (f"{free / GIB:>9.2f} GiB" if has_device else "   no CUDA GPU found"))
-    needs, has_room = disk_needs(config, folder)
+    needs, has_room = disk_needs(config, place)
     print(needs if has_room else f"{needs}. {NO_ROOM}")
     if has_device and found.total <= free:
         print("It fits.")
@@ -563,8 +588,8 @@ def report_needs(config: Config, folder: Path) -> bool:
     return has_device and found.total <= free
 
 
-def disk_needs(config: Config, folder: Path) -> tuple[str, bool]:
-    """Return what a run writes, in one line, and whether there is room for it."""
+def disk_needs(config: Config, place: Path) -> tuple[str, bool]:
+    """Return what a run writes, in one line, and whether there is room for it at some place."""
     work = work_of(config)
     sizes, parts = held(work), what_is_saved(config)
     saved = trained_bytes(work) if config.lora_rank else sizes["weights"]
@@ -573,7 +598,8 @@ def disk_needs(config: Config, folder: Path) -> tuple[str, bool]:
     final = saved + config.merge * sizes["weights"]
     saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
     at_once = min(config.keep + 1, saves)  # an old one goes when the new one is whole
-    free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.exists())).free
+    folders = (place.absolute(), *place.absolute().parents)
+    free = shutil.disk_usage(next(folder for folder in folders if folder.exists())).free
     text = (
         f"Disk: {each / GIB:.2f} GiB a checkpoint, up to {at_once} at once, and "
         f"{final / GIB:.2f} GiB for final/; {free / GIB:.2f} GiB are free"
@@ -586,18 +612,21 @@ def disk_needs(config: Config, folder: Path) -> tuple[str, bool]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, refuse what cannot work before anything is loaded, and train."""
+    never_fail()
     prepare_gpu()
     parser = make_parser(__doc__)
     parsed = parser.parse_args(arguments)
-    run, optimizer, steps_done = getattr(parsed, "resume", None), None, 0
+    run, optimizer, steps_done, number = getattr(parsed, "resume", None), None, 0, 0
     try:
+        number, _ = launched()
         config = make_config(parsed)
         meet(config)
-        folder = run or choose_folder(config, getattr(parsed, "preset", None))
-        folder = everyone([folder])[0]  # all have chosen before one makes it
+        folders = [run] if run else choose_folders(config, getattr(parsed, "preset", None))
         saved = checkpoint_to_resume(run, config) if run else None
+        check_use(config.model, image_size=config.image_size, lora_rank=config.lora_rank)
         if getattr(parsed, "dry_run", False):
-            sys.exit(0 if report_needs(config, folder) else 2)
+            print(check_files(config.model))
+            sys.exit(0 if report_needs(config, run or Path(config.runs)) else 2)
         config = placed(config)
         loaded = load(
             config.model,
@@ -607,28 +636,27 @@ def main(arguments: list[str] | None = None) -> None:
         if run:
             log, optimizer, steps_done = resume(config, loaded, run, saved)
         else:
-            log = begin(config, folder)
-        if config.report_to != "none" and is_main():
-            described, on_cpu = dataclasses.asdict(config), config.device == "cpu"
-            log.tracker = Tracker(config.report_to, folder, config=described, on_cpu=on_cpu)
+            log = begin(config, folders)
     except (ValueError, OSError, ModelError, RunError, checkpoint.CheckpointError) as error:
-        if isinstance(error, ValueError) and not is_main():
+        if isinstance(error, ValueError) and number > 0:
             sys.exit(2)  # a flag that all refuse is told by one
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    everyone([])  # all wait until the main one has made the folder, or cut its lines
-    needs, has_room = disk_needs(config, folder)
+    needs, has_room = disk_needs(config, log.folder)
     if not has_room:
         print(f"{needs}. {NO_ROOM}")
     run_to_the_end(config, loaded, log, optimizer=optimizer, steps_done=steps_done)
-    print(f"{folder}: done. Next: python plot_rewards.py {folder} ; python evaluate.py {folder}")
+    quoted = shlex.quote(str(log.folder))
+    print(
+        f"{log.folder}: done. Next: python plot_rewards.py {quoted} ; python evaluate.py {quoted}"
+    )
 
 
 def meet(config: Config) -> None:
     """Join the processes that `accelerate launch` has started; all but the main one fall silent.
 
-    Raises `ValueError` if the step's prompts cannot be shared out evenly.
+    Raises `ValueError` if the step's prompts cannot be shared out evenly: see also `launched`.
     """
     join(on_cpu=config.device == "cpu" or not torch.cuda.is_available())
     if config.prompts_per_step % process_count():
@@ -637,15 +665,54 @@ def meet(config: Config) -> None:
             f"{process_count()} processes"
         )
     if not is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         disable_progress_bar()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    elif warning := launcher_limit():
+        print(warning)
 
 
-def begin(config: Config, folder: Path) -> RunLog:
-    """Make a new run's folder and return its log. Raises `RunError`."""
-    if not is_main():
-        return Onlooker(folder)
-    return new_run(folder, config=dataclasses.asdict(config), device=device_name(config.device))
+def begin(config: Config, folders: Iterable[Path]) -> RunLog:
+    """Make a new run's folder, the first that is free, and return its log.
+
+    Raises `RunError`, and leaves no folder then; the other processes end with the main one.
+    """
+    log, problem = None, None
+    if is_main():
+        try:
+            log = make_run(config, folders)
+        except RunError as error:
+            problem = error
+    folder = everyone([log.folder if log else None])[0]  # all wait until it is made
+    if problem:
+        raise problem
+    return log or (Onlooker(folder) if folder else sys.exit(2))
+
+
+def make_run(config: Config, folders: Iterable[Path]) -> RunLog:
+    """Make the folder, and show the run in a tool for watching if asked. Raises `RunError`."""
+    log = new_run(folders, config=described(config), device=device_name(config.device))
+    try:
+        log.tracker = make_tracker(config, log.folder)
+    except BaseException:
+        log.close()
+        shutil.rmtree(log.folder)
+        raise
+    return log
+
+
+def make_tracker(config: Config, folder: Path, resumed_at: int | None = None) -> Tracker | None:
+    """Return what shows the run in the tool of --report-to, if any. Raises `RunError`."""
+    if config.report_to == "none":
+        return None
+    on_cpu = config.device == "cpu"
+    options = {"config": dataclasses.asdict(config), "on_cpu": on_cpu, "resumed_at": resumed_at}
+    return Tracker(config.report_to, folder, **options)
+
+
+def described(config: Config) -> dict:
+    """Return the knobs as config.json keeps them: a folder's name is true from anywhere."""
+    model = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
+    return dataclasses.asdict(config) | {"model": model}
 
 
 def placed(config: Config) -> Config:
@@ -679,7 +746,9 @@ def run_to_the_end(config: Config, loaded: Loaded, log: RunLog, **state) -> None
     try:
         train(config, loaded, log, **state)
         log.close()
-    except Unhealthy as error:
+    except Unhealthy as error:  # it would come to the same end again
+        sys.exit(f"main.py: {log.folder}: {error}. {last_checkpoint(log.folder)}")
+    except RunError as error:
         problem = str(error)
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig
 from policy import DTYPES, GIB, optimizer_copies, parameter_count, shape_config, trained_count
 from scoring import HEADROOM, activation_bytes, logprobs_bytes
 
-TEXT_TOKENS = 129  # of a prompt, with Qwen's vocabulary
+TEXT_TOKENS = 129  # of a prompt, with Qwen's vocabulary; 127 of one that asks for <think>
 LIBRARIES = {"cuda": GIB, "cpu": 6 * GIB // 10}  # CUDA context; Python with torch and the others
 GAPS = 0.04  # of the rest: what torch's allocator holds and cannot use, at most, in simulated steps
 LIVE, LIVE_ADAPTED = 1.3, 1.45  # in a layer's backward pass, times what the layer keeps for it

@@ -19,12 +19,51 @@ from accelerate import PartialState
 from torch import Tensor
 
 T = TypeVar("T")
+LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR")  # what a launcher sets beside WORLD_SIZE
 PATIENCE = timedelta(hours=1)  # all wait for one while it writes a checkpoint
 
 
+def launched() -> tuple[int, int]:
+    """Return this process's number, and how many a launcher has started; (0, 1) without one.
+
+    Variables that some other tool has left are passed over, as RANK without WORLD_SIZE. Raises
+    `ValueError` where several processes are spoken of and the rest is missing.
+    """
+    count = number_in("WORLD_SIZE") or 1
+    if count == 1:
+        return 0, 1
+    missing = [name for name in LAUNCHER if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE={count}: without {' and '.join(missing)}; accelerate launch and torchrun "
+            f"set them all, and without WORLD_SIZE this is one process"
+        )
+    return number_in("RANK") or 0, count
+
+
+def number_in(variable: str) -> int | None:
+    """Return the number in an environment variable; None without one. Raises `ValueError`."""
+    text = os.environ.get(variable, "").strip()
+    if text and not text.isdecimal():
+        raise ValueError(f"{variable}={text}: must be a number")
+    return int(text) if text else None
+
+
+def check_alone() -> None:
+    """Raise `ValueError` in a command for one process that several were started of."""
+    _, count = launched()
+    if count > 1:
+        raise ValueError(
+            f"WORLD_SIZE={count}: only main.py runs in several processes; start this with python"
+        )
+
+
 def join(*, on_cpu: bool) -> None:
-    """Meet the processes started beside this one, if there are any: one per GPU, or on the CPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    """Meet the processes started beside this one, if there are any: one per GPU, or on the CPU.
+
+    Raises `ValueError`: see `launched`.
+    """
+    if launched()[1] > 1 and not dist.is_initialized():
         PartialState(cpu=on_cpu, timeout=PATIENCE)
         atexit.register(leave)
 
@@ -42,7 +81,7 @@ def process_count() -> int:
 
 def process_index() -> int:
     """Return this process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:

@@ -12,18 +12,21 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
+    import resource
+except ImportError:
+    sys.exit("This runs on Linux and macOS. On Windows: in WSL, which is a Linux")
 
 PACKAGES = ("torch", "transformers", "accelerate", "torch-optimi", "matplotlib", "numpy", "pillow")
 TRACKED = {"metrics": "", "evaluations": "held_out/"}  # what a tool is shown, under which prefix
@@ -57,7 +60,8 @@ class RunLog:
         """
         record = finite(record)
         if self.tracker is not None and name in TRACKED:
-            self.tracker.log(record, prefix=TRACKED[name], step=record[STEP_KEYS[name]])
+            steps_done = record[STEP_KEYS[name]] + (name == "metrics")
+            self.tracker.log(record, prefix=TRACKED[name], step=steps_done)
         line = json.dumps(record, allow_nan=False) + "\n"
         self.pending[name] += line.encode()
         try:
@@ -110,11 +114,26 @@ class Tracker:
     does not stop the run.
     """
 
-    def __init__(self, tool: str, folder: Path, *, config: dict, on_cpu: bool) -> None:
-        """Begin, or after a resume go on, with what the tool calls a run. Raises `RunError`."""
+    def __init__(
+        self,
+        tool: str,
+        folder: Path,
+        *,
+        config: dict | None,
+        on_cpu: bool,
+        resumed_at: int | None = None,
+    ) -> None:
+        """Begin, or after a resume go on, with what the tool calls a run. Raises `RunError`.
+
+        Points are placed by the steps done.
+        """
         from accelerate import Accelerator
 
         options = {"name": folder.name, "resume": "allow"}
+        if tool == "tensorboard" and resumed_at is None:
+            options = {}
+        elif tool == "tensorboard":  # what comes again is cut; a config would be one run more
+            options, config = {"purge_step": resumed_at + 1}, None
         if tool == "wandb":  # a name alone would be a second run each time
             started = read_description(folder)["started"]
             options["id"] = re.sub(r"[^\w-]", "-", f"{folder.name}-{started}")
@@ -123,7 +142,7 @@ class Tracker:
             self.accelerator.init_trackers(
                 "tensorboard" if tool == "tensorboard" else "vlm-area",  # a folder, or a project
                 config=config,
-                init_kwargs={} if tool == "tensorboard" else {tool: options},
+                init_kwargs={tool: options},
             )
         except Exception as error:  # whatever a tool raises without a network or an account
             problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -137,7 +156,10 @@ class Tracker:
         try:
             self.accelerator.log(numbers, step=step)
         except Exception as error:
-            print(f"\n--report-to: step {step} is not shown: {error!r}", file=sys.stderr)
+            print(
+                f"\n--report-to: the numbers after {step} steps are not shown: {error!r}",
+                file=sys.stderr,
+            )
 
     def finish(self) -> None:
         """Hand over what the tool still holds."""
@@ -155,7 +177,7 @@ def lock(file) -> None:
     """
     for pause_s in (0.5, 0.5, 0.5, 0.5, 0):
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not pause_s:
                 raise
@@ -165,18 +187,32 @@ def lock(file) -> None:
 # --- runs begin and go on ---------------------------------------------------------------
 
 
-def new_run(folder: Path, *, config: dict, device: str) -> RunLog:
-    """Make the folder of a new run, which must not exist. Raises `RunError`, and leaves none."""
+def new_run(folders: Iterable[Path], *, config: dict, device: str) -> RunLog:
+    """Make a new run's folder, the first of some that is not there. Raises `RunError`.
+
+    Runs that are started together each get one: looking and making are one act. Where it fails,
+    nothing is left.
+    """
+    folder = new_folder(folders)
     try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
-    try:
-        write_json(folder / "config.json", {"config": config, **provenance(device)})
+        about = {"folder": str(folder.absolute()), **provenance(device)}
+        write_json(folder / "config.json", {"config": config, **about})
     except OSError as error:
         folder.rmdir()
         raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
     return RunLog(folder)
+
+
+def new_folder(folders: Iterable[Path]) -> Path:
+    """Return the first of these folders that could be made. Raises `RunError`."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except OSError as error:
+            if not folder.exists():
+                raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
+    raise RunError(f"{folder}: exists; runs are never overwritten")
 
 
 def resumed_run(folder: Path, *, config: dict, device: str, steps_done: int) -> RunLog:
@@ -192,9 +228,13 @@ def resumed_run(folder: Path, *, config: dict, device: str, steps_done: int) -> 
         raise RunError(f"{path}: does not hold the {steps_done} steps before the checkpoint")
     description = read_description(folder)
     earlier = description.pop("resumed", [])
-    resumed = [*earlier, {"steps_done": steps_done, **provenance(device)}]
+    description |= {
+        "config": config,
+        "folder": str(folder.absolute()),  # a run may move, and its model with it
+        "resumed": [*earlier, {"steps_done": steps_done, **provenance(device)}],
+    }
     try:
-        write_json(folder / "config.json", {**description, "config": config, "resumed": resumed})
+        write_json(folder / "config.json", description)
         for name, length in lengths.items():
             log.files[name].truncate(length)
     except OSError as error:
@@ -256,7 +296,7 @@ def write_json(path: Path, value: dict) -> None:
 def provenance(device: str) -> dict:
     """Return by what command, when, with which code and versions, and where a run is made."""
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "git_commit": git_commit(),
@@ -277,29 +317,38 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def free_folder(runs: Path, name: str) -> Path:
-    """Return the folder `runs/name`, or `runs/name-2`, `-3`, ... if there are earlier runs."""
-    folder, number = runs / name, 1
-    while folder.exists():
-        number += 1
-        folder = runs / f"{name}-{number}"
-    return folder
+def folders_of(runs: Path, name: str) -> Iterator[Path]:
+    """Yield the folders that a run without a name of its own may have, in order.
+
+    >>> folders = folders_of(Path("runs"), "tiny")
+    >>> [next(folders).name for _ in range(3)]
+    ['tiny', 'tiny-2', 'tiny-3']
+    """
+    yield runs / name
+    for number in count(2):
+        yield runs / f"{name}-{number}"
 
 
 def git_commit(root: Path = Path(__file__).parent) -> str | None:
-    """Return the commit of this code, with "+changes" if Python files differ; None without git."""
+    """Return the commit of this code, with "+changes" if Python files differ.
+
+    None without git, and for a copy of the code that some other repository does not track.
+    """
     git = ["git", "-C", str(root)]
     try:
-        commit, changes = (
+        commit, changes, is_tracked = (
             subprocess.run([*git, *what], capture_output=True, text=True, timeout=10).stdout.strip()
             for what in (
                 ("rev-parse", "--short=12", "HEAD"),
                 ("diff", "--stat", "HEAD", "--", "*.py"),
+                ("ls-files", "--", "*.py"),
             )
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (commit + "+changes" if changes else commit) or None
+    if not (commit and is_tracked):
+        return None
+    return commit + "+changes" if changes else commit
 
 
 def package_versions() -> dict[str, str | None]:
@@ -311,6 +360,12 @@ def package_versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+def peak_host_memory() -> int:
+    """Return the most bytes of host memory that this process has held."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib if sys.platform == "darwin" else kib * 1024  # macOS counts bytes
 
 
 class Stopwatch:

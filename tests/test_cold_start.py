@@ -97,6 +97,27 @@ def test_the_learning_rate_rises_and_falls():
     assert 0 < factors[-1] < 0.001
 
 
+@pytest.mark.parametrize(
+    ("flags", "error", "code"),
+    [
+        ([], KeyboardInterrupt(), 130),
+        (["--lr", "1", "--steps", "3"], None, "not saved: "),  # its weights are not finite
+    ],
+)
+def test_nothing_is_left_where_nothing_is_saved(tmp_path, monkeypatch, flags, error, code):
+    def spoiled(loaded, *_):
+        if error:
+            raise error
+        with torch.no_grad():
+            loaded.policy.lm_head.weight[0, 0] = float("nan")
+
+    monkeypatch.setattr(cold_start, "supervise", spoiled)
+    with pytest.raises(SystemExit) as stop:
+        cold_start.main(["--from-scratch", "--out", str(tmp_path / "one"), *flags])
+    assert stop.value.code == code or code in stop.value.code
+    assert not (tmp_path / "one").exists()
+
+
 def test_the_command_from_scratch_and_from_a_model(tmp_path):
     flags = ["--steps", "2", "--batch-size", "2", "--image-size", "84"]
     cold_start.main(["--from-scratch", "--out", str(tmp_path / "one"), *flags])

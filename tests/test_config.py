@@ -29,6 +29,14 @@ def test_the_papers_defaults():
     assert (config.temperature, config.max_new_tokens, config.warmup_steps) == (1.0, 512, 20)
 
 
+def test_every_float_has_limits():
+    """What is too large for fp32 is told before the start, not by a traceback in the run."""
+    for knob in dataclasses.fields(Config):
+        if knob.type is float and knob.name not in ("min_size", "max_size"):  # ShapeSpec knows
+            with pytest.raises(ValueError, match="must be"):
+                config_of("--" + knob.name.replace("_", "-"), "1e38")
+
+
 def test_flags_win_over_the_preset_and_the_preset_over_defaults():
     assert config_of("--preset", "tiny").lr == PRESETS["tiny"]["lr"]
     assert config_of("--preset", "tiny", "--lr", "3e-5").lr == 3e-5
@@ -56,8 +64,17 @@ def test_booleans_can_be_switched_both_ways():
         ("--steps many", "--steps"),
         ("--group-size 1", "--group-size 1: must be at least 2"),
         ("--temperature 0", "--temperature 0.0: must be at least 0.01"),
-        ("--temperature nan", "--temperature nan: must be at least 0.01, and finite"),
-        ("--lr inf", "--lr inf: must be above 0, and finite"),
+        (
+            "--temperature nan",
+            "--temperature nan: must be at least 0.01 and at most 100, and finite",
+        ),
+        ("--lr inf", "--lr inf: must be above 0 and at most 1, and finite"),
+        ("--temperature 1e39", "--temperature 1e+39: must be at least 0.01 and at most 100"),
+        ("--clip-eps-high 1e300", "--clip-eps-high 1e+300: must be above 0 and at most 1,000"),
+        ("--beta 1e300", "--beta 1e+300: must be at least 0 and at most 1,000"),
+        ("--lr 1e30", "--lr 1e+30: must be above 0 and at most 1"),
+        ("--image-size 28", "--image-size 28: the model's image processor would make it 56 x 56"),
+        ("--preset tiny --image-size 1008", "would make it 980 x 980; it takes 3,136 to 1,003,520"),
         ("--beta -1", "--beta -1.0: must be at least 0"),
         ("--clip-eps 2", "--clip-eps 2.0: must be above 0 and at most 1"),
         ("--loss ppo", "--loss"),

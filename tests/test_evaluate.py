@@ -1,9 +1,13 @@
 """evaluate.py: the numbers by hand, the command on the bundled model."""
 
+import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
-from conftest import TINY
+import torch
+from conftest import TINY, config_of
 from PIL import Image
 
 import evaluate
@@ -88,6 +92,9 @@ def test_the_command(tmp_path, capsys):
         [TINY, "--examples", "0"],
         [TINY, "--batch-size", "many"],
         [TINY, "--temperature", "-1"],
+        [TINY, "--temperature", "1e39"],
+        [TINY, "--temperature", "nan"],
+        [TINY, "--image-size", "1008"],
         [TINY, "--max-rotation", "10"],
         [TINY, "--min-size", "30", "--max-size", "20"],
         [TINY, "--image-size", "100"],
@@ -101,6 +108,115 @@ def test_bad_input_is_one_line(arguments, capsys):
         evaluate.main(arguments)
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def wide_run(tmp_path) -> Path:
+    """A run on another task, with its formula, whose final model is tiny/."""
+    shutil.copytree(TINY, tmp_path / "run" / "final")
+    shutil.copytree(TINY, tmp_path / "run" / "checkpoints" / "step-000002")
+    flags = ["--rotate", "--min-size", "5", "--reasoning-tag", "think", "--correctness", "root"]
+    config = config_of("--preset", "tiny", *flags, "--image-size", "84", "--seed", "7")
+    description = json.dumps({"config": dataclasses.asdict(config)})
+    (tmp_path / "run" / "config.json").write_text(description)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("part", ["", "final", "checkpoints/step-000002"])
+def test_a_model_in_a_run_is_asked_the_runs_own_task(wide_run, part, capsys):
+    path = wide_run.parent / "numbers.json"
+    evaluate.main([str(wide_run / part), "--examples", "2", "--json", str(path)])
+    numbers = json.loads(path.read_text())
+    asked = {name: numbers["arguments"][name] for name in ("rotate", "min_size", "reasoning_tag")}
+    assert asked == {"rotate": True, "min_size": 5.0, "reasoning_tag": "think"}
+    asked = {name: numbers["arguments"][name] for name in ("image_size", "seed", "max_new_tokens")}
+    assert asked == {"image_size": 84, "seed": 7, "max_new_tokens": 48}
+    assert numbers["run"] == str(wide_run)
+    for answer in numbers["answers"]:
+        error = answer["reward"]["relative_error"]
+        assert answer["reward"]["area_correctness"] == pytest.approx(3 - 6 * error**0.5)
+    assert (wide_run / "evaluation.png").exists()
+    told = capsys.readouterr().out
+    assert f"the task of {wide_run}" in told
+    assert "root area reward" in told
+
+
+def test_a_model_outside_of_a_run_has_the_defaults(wide_run, monkeypatch):
+    """Also where the working folder is a run's, and the model elsewhere."""
+    monkeypatch.chdir(wide_run)
+    shutil.copytree(TINY, wide_run.parent / "model")
+    for target in ("../model", "Qwen/Qwen2.5-VL-7B-Instruct"):
+        assert evaluate.find_target(target).run is None
+
+
+class Interrupted:
+    """Answers that end in the middle of the third."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __call__(self, *_, **__):
+        yield answered(xml("400.00"))
+        yield answered(xml("380.00"))
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "stopped after 2 of 9 answers"),
+        (torch.OutOfMemoryError("out of memory"), 2, "out of GPU memory; less is taken with"),
+    ],
+)
+def test_answers_that_are_there_are_not_lost(tmp_path, monkeypatch, capsys, error, code, told):
+    monkeypatch.setattr(evaluate, "evaluate", Interrupted(error))
+    path, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
+    with pytest.raises(SystemExit) as stop:
+        flags = ["--json", str(path), "--plot", str(picture), "--examples", "9"]
+        evaluate.main([TINY, *flags])
+    assert stop.value.code == code
+    assert json.loads(path.read_text())["summaries"]["all"]["examples"] == 2
+    output = capsys.readouterr()
+    assert "all          2" in output.out
+    assert told in output.err
+
+
+def test_each_output_fails_alone(tmp_path, monkeypatch, capsys):
+    """The picture cannot be drawn, then the numbers cannot be written: all else is there."""
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: iter([answered(xml("400.00"))]))
+    path, picture = tmp_path / "numbers.json", tmp_path / "a$_^$b.png"
+    evaluate.main([TINY, "--json", str(path), "--plot", str(picture)])
+    assert picture.exists()  # its title is no formula
+    for name in ("draw", "write_json"):
+        with monkeypatch.context() as broken:
+            broken.setattr(evaluate, name, lambda *_, **__: 1 / 0)
+            path.unlink(), picture.unlink()
+            with pytest.raises(SystemExit) as stop:
+                evaluate.main([TINY, "--json", str(path), "--plot", str(picture)])
+        output = capsys.readouterr()
+        assert stop.value.code == 2
+        assert "all          1" in output.out
+        assert "cannot be written: division by zero" in output.err
+        assert [path.exists(), picture.exists()] == [name == "draw", name == "write_json"]
+        path.touch(), picture.touch()
+
+
+@pytest.mark.parametrize("name", ["--json", "--plot"])
+def test_outputs_are_checked_before_anything_is_loaded(tmp_path, capsys, name, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", None)
+    for path, told in (
+        (tmp_path / "folder.png", "is a folder; must be a file"),
+        (tmp_path / "missing" / "x.png", "its folder"),
+    ):
+        (tmp_path / "folder.png").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit):
+            evaluate.main([TINY, name, str(path)])
+        assert told in capsys.readouterr().err
+    if name == "--plot":
+        with pytest.raises(SystemExit):
+            evaluate.main([TINY, name, str(tmp_path / "p")])
+        assert ".pdf, .pgf, .png" in capsys.readouterr().err
 
 
 def test_a_run_without_a_final_model_says_so(tmp_path, capsys):

@@ -25,7 +25,6 @@ from conftest import TINY, config_of
 import checkpoint
 import evaluate
 import grpo
-import health
 import main
 from runlog import RunError, RunLog, new_run
 
@@ -207,6 +206,84 @@ def test_a_run_without_its_end_is_evaluated_at_its_newest_checkpoint(stopped, tm
     assert "all " in capsys.readouterr().out
 
 
+# --- what outlives the state it describes, and places that change ---------------------------
+
+
+def test_after_a_resume_the_weights_of_most_steps_are_evaluated(whole, tmp_path, capsys):
+    """final/ is of the run's first end until there is another."""
+    run = copy_of(whole, tmp_path)
+    kill = pytest.MonkeyPatch()
+    kill_at_call(kill, main, "take_step", 3)
+    with pytest.raises(Killed):
+        resume(run, "--steps", "9")
+    kill.undo()
+    gc.collect()
+    assert f"{run / 'final'}: is of an earlier step" in capsys.readouterr().out
+    numbers = tmp_path / "numbers.json"
+    flags = ["--examples", "2", "--json", str(numbers), "--plot", str(tmp_path / "x.png")]
+    for target, weights, steps_done in (
+        (run, "checkpoints/step-000006", 6),
+        (run / "final", "final", 5),
+    ):
+        evaluate.main([str(target), *flags])
+        found = json.loads(numbers.read_text())
+        assert (found["weights"], found["steps_done"]) == (str(run / weights), steps_done)
+        assert f"{run / weights}, after {steps_done} steps" in capsys.readouterr().out
+    resume(run, "--steps", "6")  # no step is left: the end is made again, at the sixth
+    assert checkpoint.steps_of(run / "final") == 6
+    assert "6 steps are done" in refused(capsys, "--resume", str(run), "--steps", "6")
+
+
+def test_a_run_goes_on_after_its_checkout_has_moved(tmp_path, capsys):
+    """The folder of the model has moved along; then the model alone, and another in its place."""
+    before = tmp_path / "before"
+    shutil.copytree(TINY, before / "tiny")
+    flags = ["--model", str(before / "tiny"), "--sync-reference-every", "0", "--steps", "1"]
+    start(before / "runs", "run", *flags)
+    now = before.rename(tmp_path / "now")
+    run = now / "runs" / "run"
+    resume(run, "--steps", "2")
+    assert json.loads((run / "config.json").read_text())["config"]["model"] == str(now / "tiny")
+    (now / "tiny").rename(now / "elsewhere")
+    told = refused(capsys, "--resume", str(run), "--steps", "3")
+    assert f"its model was {now / 'tiny'}, and there is no such folder" in told
+    assert "--model FOLDER" in told
+    shutil.copytree(now / "elsewhere", now / "other")
+    template = now / "other" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    told = refused(capsys, "--resume", str(run), "--steps", "3", "--model", str(now / "other"))
+    assert "not the one this run was started from: the checksum of the files differs" in told
+    resume(run, "--steps", "3", "--model", str(now / "elsewhere"))
+    assert faults.lines_of(run) == 3
+
+
+def test_a_model_given_by_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatch):
+    shutil.copytree(TINY, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    start(tmp_path, "run", "--model", "mine", "--steps", "1")
+    monkeypatch.chdir("/")
+    resume(tmp_path / "run", "--steps", "2")
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RunError("--report-to tensorboard: no account")
+
+    monkeypatch.setattr(main, "Tracker", fail)
+    flags = [*FLAGS.split(), "--runs", str(tmp_path), "--report-to", "tensorboard"]
+    for name in ([], ["--name", "named"]):
+        assert "no account" in refused(capsys, *flags, *name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_named_like_a_package_is_none(tmp_path, monkeypatch):
+    """wandb makes a folder wandb/ in the working folder."""
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="--report-to trackio: needs that package"):
+        config_of("--report-to", "trackio")
+
+
 # --- what is refused ----------------------------------------------------------------------
 
 
@@ -220,6 +297,7 @@ def test_a_run_without_its_end_is_evaluated_at_its_newest_checkpoint(stopped, tm
         ("--steps 0", "--steps 0: must be at least 1"),
         ("--rotate", "--rotate True: the run has False"),
         ("--name other", "--name other: the run has stopped"),
+        ("--model /no/where", "model /no/where: no such folder"),
     ],
 )
 def test_flags_that_would_make_it_another_run(stopped, capsys, flags, told):
@@ -230,6 +308,15 @@ def test_flags_that_would_make_it_another_run(stopped, capsys, flags, told):
 
 def test_a_run_that_is_done(whole, capsys):
     assert "5 steps are done" in refused(capsys, "--resume", str(whole))
+
+
+def test_a_checkpoint_is_not_a_run(whole, capsys):
+    for part in (newest_of(whole), whole / "final"):
+        assert "is a part of a run; give the run's folder" in refused(capsys, "--resume", str(part))
+
+
+def test_what_to_type_is_written_as_a_shell_reads_it(tmp_path):
+    assert f"--resume '{tmp_path}/my run'" in main.how_to_go_on(tmp_path / "my run")
 
 
 def edit_config(run: Path, **changes) -> None:
@@ -298,9 +385,9 @@ def test_a_run_that_another_process_writes(stopped, tmp_path, capsys):
 def test_a_folder_that_cannot_be_made(tmp_path, file_size_limit):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be made"):
-        new_run(tmp_path / "file" / "run", config={}, device="cpu")
+        new_run([tmp_path / "file" / "run"], config={}, device="cpu")
     with file_size_limit(10), pytest.raises(RunError, match="cannot be made"):
-        new_run(tmp_path / "run", config={}, device="cpu")
+        new_run([tmp_path / "run"], config={}, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -308,7 +395,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, file_size_limit):
 
 
 def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, file_size_limit, capsys):
-    log = new_run(tmp_path / "run", config={}, device="cpu")
+    log = new_run([tmp_path / "run"], config={}, device="cpu")
     path = tmp_path / "run" / "metrics.jsonl"
     log.write("metrics", {"step": 0})
     with file_size_limit(path.stat().st_size + 5):
@@ -387,6 +474,23 @@ def test_a_run_whose_numbers_go_wrong_stops_before_its_last_good_checkpoint_goes
     assert lines[2]["reward_mean"] is None
 
 
+def test_a_run_that_ends_in_skipped_steps_has_no_final_model(tmp_path, monkeypatch, capsys):
+    def spoiled(config, examples, text, prompt_index):
+        reward = judge(config, examples, text, prompt_index)
+        sound = examples[0].index < 6  # three steps; two are left
+        return reward if sound else dataclasses.replace(reward, area_correctness=float("nan"))
+
+    judge = main.judge
+    monkeypatch.setattr(main, "judge", spoiled)
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path, "spoiled")
+    saved = tmp_path / "spoiled" / "checkpoints" / "step-000002"
+    assert "the last step was skipped, reward not finite" in stop.value.code
+    assert stop.value.code.endswith(f"Last checkpoint: {saved}")  # and no proposal to go on
+    assert not (tmp_path / "spoiled" / "final").exists()
+    assert "done" not in capsys.readouterr().out
+
+
 def test_a_save_that_falls_on_a_skipped_step_is_made_up_for(tmp_path, monkeypatch):
     def spoiled(config, examples, text, prompt_index):
         reward = judge(config, examples, text, prompt_index)
@@ -459,5 +563,5 @@ def test_a_loader_that_fails_is_told_without_advice_that_may_be_wrong():
         yield
 
     message = r"the next plots could not be had: .* exited unexpectedly$"
-    with pytest.raises(health.Unhealthy, match=message):
+    with pytest.raises(RunError, match=message):
         main.next_batch(batches())

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
+import health as health_module
 from health import MAX_SKIPPED, WINDOW, Health, StopSignal, Unhealthy, exit_after
 
 SOUND = {
@@ -44,7 +45,6 @@ def test_a_sound_run_has_no_warnings():
         (0, 2e-3, torch.float32, True),
         (0, 2e-3, torch.bfloat16, False),
         (0, 0.2, torch.bfloat16, True),
-        (0, float("nan"), torch.float32, True),
         (1, 0.2, torch.float32, False),
     ],
 )
@@ -55,6 +55,14 @@ def test_a_sampler_that_differs_from_the_scorer_stops_the_run(step, gap, dtype, 
         return
     with pytest.raises(Unhealthy, match="samples it did not draw"):
         health.check(metrics)
+
+
+def test_log_probs_that_are_not_finite_are_told_as_such():
+    """And not as masks or positions that differ: the weights are looked at when they are loaded."""
+    health, gap = Health(torch.bfloat16, []), {"sampler_gap_mean": float("nan")}
+    with pytest.raises(Unhealthy, match="not finite, though the weights are") as told:
+        health.check({**SOUND, "step": 0} | gap)
+    assert "cache" not in str(told.value)
 
 
 BAD = {"skipped": 1, "not_finite": "loss, gradient"}
@@ -68,6 +76,16 @@ def test_too_many_in_a_row_stop_the_run():
     assert len(warnings_of({}, *[BAD] * (MAX_SKIPPED - 1), {}, *[BAD] * (MAX_SKIPPED - 1))) == 8
     with pytest.raises(Unhealthy, match="loss, gradient not finite in 5 steps in a row"):
         warnings_of({}, *[BAD] * MAX_SKIPPED)
+
+
+def test_a_run_that_ends_in_a_skipped_step_has_no_end():
+    health = Health(torch.float32, [])
+    for metrics in steps({}, BAD, {}):
+        health.check(metrics)
+    health.check_end()
+    health.check({**SOUND, **BAD, "step": 3})
+    with pytest.raises(Unhealthy, match="the last step was skipped, loss, gradient not finite"):
+        health.check_end()
 
 
 def test_a_resumed_run_remembers_the_steps_before():
@@ -123,6 +141,47 @@ def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(number, c
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(number) is before
     assert "finished and saved first" in capfd.readouterr().err
+
+
+def test_a_signal_is_noted_where_nobody_can_be_told(monkeypatch):
+    """Under `2>&1 | tee` Ctrl-C ends the reader too: the handler's own line breaks the pipe."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", broken)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "told"),
+    [
+        ({}, 2, None),  # no launcher that kills
+        ({"TORCHELASTIC_RUN_ID": "1"}, 1, None),
+        ({"TORCHELASTIC_RUN_ID": "1"}, 2, "within 30 s"),
+        ({"TORCHELASTIC_RUN_ID": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, 2, "within 60 s"),
+        ({"TORCHELASTIC_RUN_ID": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}, 2, None),
+    ],
+)
+def test_a_launcher_that_would_kill_before_a_step_is_saved(
+    monkeypatch, environment, processes, told
+):
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(health_module, "process_count", lambda: processes)
+    for since in ({"shutdown_timeout": None}, {}):  # torch 2.14, and before: nothing can be set
+        monkeypatch.setattr(health_module.LaunchConfig, "__dataclass_fields__", since)
+        warning = health_module.launcher_limit()
+        if since and told is None:
+            assert warning is None
+        elif told:
+            assert (told if since else "within 30 s") in warning
+            assert ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in warning) == bool(since)
+            assert f"kill -INT {os.getpid()}" in warning
 
 
 def orphan(pid) -> None:

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,17 +119,24 @@ def test_completions_are_judged_by_the_runs_own_reward(processor):
 
 def run_main(tmp_path: Path, *flags: str) -> Path:
     command = [sys.executable, str(ROOT / "main.py"), *SMALL, "--runs", str(tmp_path), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "tiny"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with (tmp_path / "log").open("w") as log:
+        options = {"stdout": log, "stderr": log, "env": environment, "cwd": tmp_path}
+        assert subprocess.run(command, **options).returncode == 0, (tmp_path / "log").read_text()
+    return tmp_path / "my_ü"
 
 
 def train(config: Config, loaded, folder: Path):
-    main.train(config, loaded, new_run(folder, config=dataclasses.asdict(config), device="cpu"))
+    main.train(config, loaded, new_run([folder], config=dataclasses.asdict(config), device="cpu"))
 
 
 def test_a_whole_run(tmp_path):
-    run = run_main(tmp_path, "--steps", "3", "--eval-every", "2", "--sample-every", "2")
+    flags = ["--steps", "3", "--eval-every", "2", "--sample-every", "2", "--log-every", "1"]
+    run = run_main(tmp_path, *flags, "--name", "my_ü")
+    log = (tmp_path / "log").read_text()  # in ASCII, which has no ü; `grep '^step'` finds all steps
+    assert re.findall(r"^step \d", log, re.MULTILINE) == ["step 0", "step 1", "step 2"]
+    assert "my_\\xfc: done" in log
+    assert "\r" not in log  # no progress bars
     metrics = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2]
     assert [line["prompts"] for line in metrics] == [2, 4, 6]
@@ -162,7 +171,8 @@ def check_what_servers_read(final: Path) -> None:
         safe_open(Path(folder) / "model.safetensors", "pt").keys() for folder in (final, TINY)
     )
     assert sorted(names) == sorted(expected)
-    assert {path.name for path in final.iterdir()} == {path.name for path in Path(TINY).iterdir()}
+    names = {path.name for path in Path(TINY).iterdir()}
+    assert {path.name for path in final.iterdir()} == names | {"state.json"}
     texts = [path.read_text() for path in final.glob("*.json")]
     assert not any(IMPLEMENTATION in text for text in texts)
 
@@ -212,14 +222,15 @@ def test_a_tool_is_shown_every_number_of_the_log(tmp_path):
     flags = [*SMALL, "--steps", "3", "--eval-every", "2", "--image-size", "84"]
     main.main([*flags, "--runs", str(tmp_path), "--name", "run", "--report-to", "tensorboard"])
     shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    logs = {"metrics": ("step", ""), "evaluations": ("steps_done", "held_out/")}
-    for file, (step, prefix) in logs.items():
+    logs = {"metrics": ("step", 1, ""), "evaluations": ("steps_done", 0, "held_out/")}
+    for file, (step, shift, prefix) in logs.items():
         lines = read_lines(tmp_path / "run" / f"{file}.jsonl")
         numbers = {key for key, value in lines[0].items() if not isinstance(value, str)}
         assert numbers > {"area_correctness_reward"}
         for key in numbers:
             points = [(point.step, point.value) for point in shown.Scalars(prefix + key)]
-            assert points == [(line[step], pytest.approx(line[key], rel=1e-6)) for line in lines]
+            expected = [(line[step] + shift, pytest.approx(line[key], rel=1e-6)) for line in lines]
+            assert points == expected  # by steps done
 
 
 def test_a_tool_that_is_not_there_is_told(monkeypatch):

@@ -4,6 +4,7 @@ Run as a program, by torchrun, this file is what the two processes do.
 """
 
 import faulthandler
+import importlib
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ import grpo
 import main
 from checkpoint import CheckpointError, checkpoints_of
 from memory import estimate, held
-from parallel import process_index
+from parallel import launched, process_index
 from policy import load
 from runlog import read_lines
 
@@ -237,6 +238,52 @@ def test_a_share_that_is_gone_is_told(folder, tmp_path):
         checkpoint.restore(damaged, *fresh("bfloat16"))
     (damaged / "optimizer-1-of-2.pt").unlink()
     assert not checkpoint.has_optimizer(damaged)
+
+
+ALL = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, (0, 1)),
+        (ALL, (1, 2)),
+        ({"RANK": "1"}, (0, 1)),  # what some other tool has left
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: without RANK and LOCAL_RANK and MASTER_ADDR;"),
+        (ALL | {"RANK": ""}, "WORLD_SIZE=2: without RANK;"),
+        (ALL | {"RANK": "first"}, "RANK=first: must be a number"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2: must be a number"),
+    ],
+)
+def test_half_of_a_launchers_environment_is_not_believed(monkeypatch, environment, found):
+    for name in ALL:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(found, tuple):
+        assert launched() == found
+        assert process_index() == 0  # none has joined
+    else:
+        with pytest.raises(ValueError, match=found):
+            launched()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", TINY],
+        ["cold_start", "--from-scratch", "--out", "nowhere"],
+    ],
+)
+def test_what_runs_in_one_process_says_so(monkeypatch, capsys, command):
+    for name, value in ALL.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(command[0]).main(command[1:])
+    assert stop.value.code == 2
+    assert "WORLD_SIZE=2: only main.py runs in several processes" in capsys.readouterr().err
 
 
 def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch):

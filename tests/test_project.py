@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = {  # the import graph: file -> project files it may import
+    "terminal": set(),
+    "machine": set(),
+    "model_files": set(),
     "rewards": set(),
-    "shapes": set(),
+    "shapes": {"terminal"},
     "runlog": set(),
-    "plot_rewards": set(),
-    "report": {"plot_rewards", "shapes"},
+    "plot_rewards": {"shapes", "terminal"},
+    "report": {"plot_rewards", "shapes", "terminal"},
     "parallel": set(),
     "fastpath": set(),
     "attention": {"fastpath"},
-    "policy": {"attention"},
+    "policy": {"attention", "machine", "model_files"},
     "sampling": {"policy", "attention", "fastpath", "parallel"},
     "scoring": {"policy", "attention", "fastpath"},
     "grpo": {"policy", "sampling", "scoring", "parallel"},
@@ -27,13 +31,15 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "memory": {"policy", "scoring"},
     "evaluate": {
         *("policy", "sampling", "rewards", "shapes", "runlog", "checkpoint", "parallel"),
-        *("fastpath", "grpo"),
+        *("fastpath", "grpo", "config", "terminal"),
     },
-    "cold_start": {"policy", "scoring", "rewards", "shapes", "fastpath"},
+    "cold_start": {
+        *("policy", "scoring", "rewards", "shapes", "fastpath", "config", "parallel", "terminal"),
+    },
     "config": {"grpo", "policy", "rewards", "runlog", "shapes"},
     "main": {
         *("config", "grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"),
-        *("checkpoint", "health", "memory", "parallel", "fastpath"),
+        *("checkpoint", "health", "memory", "parallel", "fastpath", "terminal"),
     },
 }
 
@@ -66,3 +72,30 @@ def test_light_files_stay_light():
 @pytest.mark.parametrize("module", IMPORTS)
 def test_examples_in_docstrings(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+WINDOWS = """
+import builtins, runpy, signal, sys
+root, found = sys.argv[1], builtins.__import__
+def find(name, scope=None, *rest, **options):
+    if name in ("fcntl", "resource") and str((scope or {}).get("__file__")).startswith(root):
+        raise ModuleNotFoundError(name)
+    return found(name, scope, *rest, **options)
+builtins.__import__ = find
+del signal.SIGHUP
+sys.path.insert(0, root)
+for command in ("main", "evaluate", "cold_start"):
+    try:
+        runpy.run_path(f"{root}/{command}.py", run_name="__main__")
+    except SystemExit as stop:
+        print(stop)
+"""
+
+
+def test_windows_is_refused_in_one_line():
+    """Where this project's own files find no fcntl, no resource and no SIGHUP."""
+    done = subprocess.run(
+        [sys.executable, "-c", WINDOWS, str(ROOT)], capture_output=True, text=True, check=True
+    )
+    line = "This runs on Linux and macOS. On Windows: in WSL, which is a Linux\n"
+    assert (done.stdout, done.stderr) == (3 * line, "")

@@ -2,17 +2,29 @@
 
 import json
 import os
+import shlex
 import subprocess
 import time
+from threading import Barrier, Thread
 from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runlog import RunError, RunLog, Stopwatch, Tracker, free_folder, git_commit, new_run
+from runlog import (
+    RunError,
+    RunLog,
+    Stopwatch,
+    Tracker,
+    folders_of,
+    git_commit,
+    new_run,
+    resumed_run,
+)
 
 
 def test_every_record_is_one_line_whatever_it_holds(tmp_path):
-    log = new_run(tmp_path / "run", config={"seed": 1}, device="cpu")
+    log = new_run([tmp_path / "run"], config={"seed": 1}, device="cpu")
     record = {
         "text": 'a\nb\u2028c\x00"\ud800',
         "loss": float("nan"),
@@ -26,7 +38,7 @@ def test_every_record_is_one_line_whatever_it_holds(tmp_path):
 
 
 def test_config_json_tells_how_the_run_was_made(tmp_path):
-    new_run(tmp_path / "run", config={"seed": 1}, device="cpu").close()
+    new_run([tmp_path / "run"], config={"seed": 1}, device="cpu").close()
     description = json.loads((tmp_path / "run" / "config.json").read_text())
     assert description["config"] == {"seed": 1}
     assert description["device"] == "cpu"
@@ -56,16 +68,35 @@ def test_the_commit_tells_whether_code_was_changed(tmp_path):
 
 def test_an_existing_run_is_never_written_to(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(RunError, match="exists"):
-        new_run(tmp_path / "run", config={}, device="cpu")
-    assert free_folder(tmp_path, "new") == tmp_path / "new"
-    assert free_folder(tmp_path, "run") == tmp_path / "run-2"
-    (tmp_path / "run-2").mkdir()
-    assert free_folder(tmp_path, "run") == tmp_path / "run-3"
+    with pytest.raises(RunError, match="run: exists; runs are never overwritten"):
+        new_run([tmp_path / "run"], config={}, device="cpu")
+    for number in (2, 3):
+        log = new_run(folders_of(tmp_path, "run"), config={}, device="cpu")
+        assert log.folder == tmp_path / f"run-{number}"
+        log.close()
+
+
+def test_runs_that_begin_together_each_get_a_folder(tmp_path):
+    """All have looked before any has made one."""
+    looked, folders = Barrier(4), []
+
+    def begin():
+        candidates = [tmp_path / f"run-{number}" for number in range(4)]
+        looked.wait()
+        log = new_run(candidates, config={}, device="cpu")
+        log.close()
+        folders.append(log.folder.name)
+
+    threads = [Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(folders) == ["run-0", "run-1", "run-2", "run-3"]
 
 
 def test_only_one_process_writes_and_the_orphans_of_a_dead_one_are_waited_for(tmp_path):
-    log = new_run(tmp_path / "run", config={}, device="cpu")
+    log = new_run([tmp_path / "run"], config={}, device="cpu")
     with pytest.raises(RunError, match="another process is writing this run"):
         RunLog(tmp_path / "run")
     orphan = os.fork()  # as a loader's worker is made
@@ -92,15 +123,61 @@ def test_a_tool_that_fails_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("no network")
 
-    log = new_run(tmp_path / "run", config={}, device="cpu")
+    log = new_run([tmp_path / "run"], config={}, device="cpu")
     log.tracker = Tracker("tensorboard", tmp_path / "run", config={}, on_cpu=True)
     monkeypatch.setattr(log.tracker, "accelerator", SimpleNamespace(log=fail, end_training=fail))
     log.write("metrics", {"step": 0, "loss": 1.0})
     log.close()
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}
     told = capsys.readouterr().err
-    assert "--report-to: step 0 is not shown: ConnectionError('no network')" in told
+    assert (
+        "--report-to: the numbers after 1 steps are not shown: ConnectionError('no network')"
+        in told
+    )
     assert "--report-to: may lack its end" in told
+
+
+def test_a_resumed_run_stands_once_in_tensorboard(tmp_path):
+    """Killed after 3 steps and an evaluation, resumed at 2: nothing twice, no second run."""
+    options = {"config": {"seed": 0}, "on_cpu": True}
+    run = tmp_path / "run"
+    log = new_run([run], config={}, device="cpu")
+    log.tracker = Tracker("tensorboard", run, **options)
+    for step in range(3):
+        log.write("metrics", {"step": step, "loss": 1.0})
+        log.write("evaluations", {"steps_done": step + 1, "loss": 1.0})
+    log.close()
+    before = sorted(path.name for path in (run / "tensorboard").iterdir() if path.is_dir())
+    log = resumed_run(run, config={}, device="cpu", steps_done=2)
+    log.tracker = Tracker("tensorboard", run, **options, resumed_at=2)
+    for step in range(2, 4):
+        log.write("metrics", {"step": step, "loss": 2.0})
+        log.write("evaluations", {"steps_done": step + 1, "loss": 2.0})
+    log.close()
+    shown = EventAccumulator(str(run / "tensorboard")).Reload()
+    for key in ("loss", "held_out/loss"):
+        points = [(point.step, point.value) for point in shown.Scalars(key)]
+        assert points == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert sorted(p.name for p in (run / "tensorboard").iterdir() if p.is_dir()) == before
+
+
+def test_code_that_another_repository_does_not_track_has_no_commit(tmp_path):
+    """As a copy in a folder of a home that is a repository."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    (tmp_path / "notes.txt").write_text("1")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "main.py").write_text("1")
+    for command in (["init"], ["add", "notes.txt"], ["commit", "-m", "notes"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    assert git_commit(copy) is None
+
+
+def test_a_command_is_written_as_a_shell_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["main.py", "--name", "my run", "--runs", "$HOME"])
+    new_run([tmp_path / "run"], config={}, device="cpu").close()
+    command = json.loads((tmp_path / "run" / "config.json").read_text())["command"]
+    assert shlex.split(command) == ["python", "main.py", "--name", "my run", "--runs", "$HOME"]
 
 
 def test_a_tool_that_cannot_begin_is_told_in_one_line(tmp_path, monkeypatch):
