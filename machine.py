@@ -1,9 +1,11 @@
-"""What this machine lets the process have: memory under the container's limit, and its cores."""
+"""What this machine lets a process have: memory below a container's limit, cores beside others."""
 
+import os
 from pathlib import Path
 
 import psutil
 
+COMMANDS = ("main.py", "evaluate.py", "cold_start.py")  # that keep all cores busy on a CPU
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 FILES = {  # of version 2 and 1: limit, use, and what of the use is page cache that can go
@@ -58,3 +60,32 @@ def read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def threads_beside_others(threads: int) -> str | None:
+    """Return a warning if other runs compute with the same cores; None if there are none.
+
+    A thread that waits for the others of its process spins, on a core that another run needs: two
+    runs with 2 threads each on 2 cores took 4 to 5 times as long as one alone, with 1 thread each
+    1.3 times.
+    """
+    others = runs_beside()
+    if others == 0 or threads == 1:
+        return None
+    each = max(1, threads // (others + 1))
+    return (
+        f"Runs beside this one: {others}. With {threads} threads each they slow each other down "
+        f"several times over; start each with OMP_NUM_THREADS={each} (cores / runs)"
+    )
+
+
+def runs_beside() -> int:
+    """Return how many other processes, and not their own workers, run one of COMMANDS."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        program, *arguments = process.info["cmdline"] or [""]
+        is_python = Path(program).name.startswith("python")
+        if is_python and any(Path(argument).name in COMMANDS for argument in arguments[:2]):
+            found[process.pid] = process.info["ppid"]
+    found.pop(os.getpid(), None)
+    return sum(parent not in found and parent != os.getpid() for parent in found.values())

@@ -43,6 +43,7 @@ from grpo import (
     update,
 )
 from health import Health, StopSignal, Unhealthy, follow_the_parent, launcher_limit
+from machine import threads_beside_others
 from memory import (
     Work,
     at_least,
@@ -738,6 +739,9 @@ def placed(config: Config) -> Config:
         if at_least(work) > free:
             raise ModelError(f"this run takes at least {at_least(work) / GIB:.1f} {told}")
         print(f"This run takes about {about / GIB:.1f} {told}")
+    is_alone_on_cpu = device == "cpu" and process_count() == 1
+    if is_alone_on_cpu and (warning := threads_beside_others(torch.get_num_threads())):
+        print(warning)
     return config
 
 

@@ -34,15 +34,18 @@ PLAIN = (  # pattern, and what stands for it, from top to bottom
     (r"\\approx(?![A-Za-z])|≈|\bequals\b", "="),
 )
 UNIT = r"(?<![A-Za-z])(?:[Uu]nits?|[cm]?m|in|ft|u|(?:[Cc]enti)?[Mm]eters?)(?![A-Za-z])"
-AREA_UNIT = re.compile(rf"({UNIT}\s*)(?:\^\s*\(?\s*2\s*\)?|2)(?![\d.])")  # loses its exponent
+AREA_UNIT = re.compile(rf"({UNIT}\s*)(?:\^\s*\(?\s*2\s*\)?|2|squared)(?![\d.])")  # loses its power
 
 # Then there must be one number, and beside it words that do not change it. What stands before an
 # equals sign must be words too, or a calculation, of which the number is the result.
 WORDS = r"[A-Za-z\s.,;:'()]*"
 CHANGING = re.compile(
-    r"\b(?:half|third|quarter|double|twice|triple|square of|root|hundred|thousand|[mb]illion|k|M"
-    r"|percent|pi|sqrt|plus|minus|negative|not|least|most|more|less|than)\b"
-    r"|\d\s*(?:squared|cubed)\b"
+    r"\b(?:half|third|quarter|fifth|tenth|double|twice|triple|halved|doubled|square of|squared"
+    r"|cubed|root|sqrt|pi|dozen|hundred|thousand|[mbtr]+illion|(?-i:[kKM])|per ?cent|pct|plus"
+    r"|minus|negative|not?|wrong|least|most|more|less|than|over|under|up to|sin|cos|tan|log|ln"
+    r"|max|min)\b"
+    r"|\d\s*[xX]\b|(?:^|[^\w\s)])\s*[.,]\s*\d",  # 20 x, .5
+    re.IGNORECASE,
 )
 NUMBER = r"[+-]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?(?:[eE][+-]?\d+)?"
 RESULT = re.compile(rf"{WORDS}(?<![\w.)])({NUMBER})(?:{UNIT}|(?![A-Za-z])){WORDS}", re.ASCII)

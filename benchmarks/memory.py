@@ -3,7 +3,7 @@
     python benchmarks/memory.py          # a few minutes on 2 cores
 
 One decoder layer and the vocabulary of the 7B model (hidden width 3584, 152,064 words, tied, fp32,
-random), one prompt of 414 tokens with G completions, 150 tokens on average and 250 at most. Each
+random), one prompt of 193 tokens with G completions, 150 tokens on average and 250 at most. Each
 measurement is a fresh process; what is told is its peak above the weights and their gradients. The
 vocabulary is frozen: its gradient, 2 GiB in either pass, would only hide the difference.
 """
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from policy import GIB, Prompts, use_own_attention
 from scoring import completion_logprobs
 
-TEXT_TOKENS, LONGEST, MEAN = 350, 250, 150
+TEXT_TOKENS, LONGEST, MEAN = 129, 250, 150
 
 
 def wide_model() -> Qwen2_5_VLForConditionalGeneration:

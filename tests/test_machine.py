@@ -1,12 +1,14 @@
-"""machine.py: the limits of containers, in files laid out as the kernel lays them out."""
+"""machine.py: containers' limits, in files laid out as the kernel lays them out; other runs."""
 
+import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import machine
-from machine import cgroup_limits, free_host_memory
+from machine import cgroup_limits, free_host_memory, threads_beside_others
 
 MIB = 2**20
 
@@ -69,3 +71,35 @@ def test_the_least_of_machine_and_groups_counts(monkeypatch, groups, expected):
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(machine, "cgroup_limits", lambda: groups)
     assert free_host_memory() == expected
+
+
+def process(pid: int, parent: int, command: str) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, info={"cmdline": command.split(), "ppid": parent})
+
+
+OTHERS = [
+    process(11, 1, "python main.py --preset tiny"),
+    process(12, 11, "python main.py --preset tiny"),  # its worker
+    process(13, 1, "/venv/bin/python3.11 -u /home/x/evaluate.py tiny"),
+]
+NONE = [
+    process(21, 1, "vim main.py"),
+    process(22, 1, "bash -c python main.py"),
+    process(23, 1, "python -m pytest tests/test_main.py"),
+    process(24, os.getpid(), "python main.py"),  # a worker of this run
+    process(os.getpid(), 1, "python main.py"),
+    process(25, 1, ""),
+    SimpleNamespace(pid=26, info={"cmdline": None, "ppid": 1}),  # not ours to look at
+]
+
+
+def test_other_runs_on_the_same_cores_are_told_with_what_to_set(monkeypatch):
+    for processes, threads, told in (
+        (NONE, 8, None),
+        (NONE + OTHERS, 1, None),
+        (NONE + OTHERS, 8, "Runs beside this one: 2. With 8 threads each .* OMP_NUM_THREADS=2"),
+        (NONE + OTHERS, 2, "OMP_NUM_THREADS=1 "),
+    ):
+        monkeypatch.setattr(machine.psutil, "process_iter", lambda _, found=processes: found)
+        warning = threads_beside_others(threads)
+        assert (warning is None) if told is None else re.search(told, warning)

@@ -39,7 +39,7 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "config": {"grpo", "policy", "rewards", "runlog", "shapes"},
     "main": {
         *("config", "grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"),
-        *("checkpoint", "health", "memory", "parallel", "fastpath", "terminal"),
+        *("checkpoint", "health", "memory", "parallel", "fastpath", "terminal", "machine"),
     },
 }
 
