@@ -229,16 +229,12 @@ def what_is_saved(config: Config) -> dict[str, bool]:
 
 def how_to_go_on(run: Path) -> str:
     """Return what to type after a run has ended before its time."""
-    saved, command = (
-        checkpoint.checkpoints_of(run),
-        f"python main.py --resume {shlex.quote(str(run))}",
-    )
+    saved = checkpoint.checkpoints_of(run)
+    command = f"python main.py --resume {shlex.quote(str(run))}"
     if not saved:
         return f"No checkpoint yet: {command} starts the run again"
     if not checkpoint.has_optimizer(saved[-1]):
-        return (
-            f"{last_checkpoint(run)}, without an optimizer: a new run can start from it (--model)"
-        )
+        return f"{last_checkpoint(run)}, from which a new run can start (--model)"
     return f"{last_checkpoint(run)}. To go on: {command}"
 
 

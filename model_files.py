@@ -59,7 +59,8 @@ def folder_of(model: str, *, config_only: bool = False) -> Path:
         fetched = snapshot_download(model, allow_patterns=[CONFIG] if config_only else WANTED)
     except Exception as error:  # whatever a lost connection or a missing repository makes it raise
         raise ModelError(
-            f"model {model}: not on disk, and not to be had from the hub: {first_line(error)}"
+            f"model {model}: not in the hub's cache (HF_HOME says where that is), and not to be had "
+            f"from the hub: {first_line(error)}"
         ) from error
     if not (config_only or is_whole(Path(fetched))):
         raise ModelError(
