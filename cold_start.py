@@ -358,6 +358,8 @@ def main(arguments: list[str] | None = None) -> None:
         args.out.mkdir(parents=True)  # now, not after the training, if it cannot be made
     except (ValueError, OSError, ModelError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
     try:
         supervise(loaded, spec, args)
         if names := not_finite(loaded.policy):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from grpo import LOSSES
+from model_files import ModelError, check_exists
 from policy import DTYPES
 from rewards import CORRECTNESS, REASONING_TAGS
 from runlog import RunError, read_description
@@ -223,8 +224,11 @@ def place_now(run: Path, config: Config) -> str:
 
     Raises `ValueError` if it is not to be found.
     """
-    if not os.path.isabs(config.model) or os.path.isdir(config.model):
+    try:
+        check_exists(config.model)
         return config.model
+    except ModelError:
+        pass  # then where it would be if it has moved along
     before = read_description(run).get("folder", run.absolute())
     moved = os.path.normpath(run.absolute() / os.path.relpath(config.model, before))
     if not os.path.isdir(moved):

@@ -271,7 +271,7 @@ def find_target(target: str) -> Target:
             folder.parents[:3] if folder.is_dir() else ()
         )  # RUN/checkpoints/step-000100/reference
         run = next((path for path in around if (path / "metrics.jsonl").is_file()), None)
-        return Target(target, run, steps_of(folder))
+        return Target(target, run, steps_of(folder) if run else None)
     saved = [path for path in (*checkpoints_of(run), run / "final") if path.is_dir()]
     if not saved:
         raise ValueError(f"{run}: this run has neither final/ nor a checkpoint yet")
@@ -304,9 +304,9 @@ def settle(args: argparse.Namespace, run: Path | None) -> None:
     check_image_size(args.image_size)
     if args.plot is None:
         args.plot = (run if run and os.access(run, os.W_OK) else Path()) / "evaluation.png"
-    elif args.plot.suffix.lstrip(".") not in (endings := Figure().canvas.get_supported_filetypes()):
-        endings = ", ".join(f".{ending}" for ending in sorted(endings))
-        raise ValueError(f"--plot {args.plot}: must end in one of {endings}")
+    endings = [f".{ending}" for ending in sorted(Figure().canvas.get_supported_filetypes())]
+    if args.plot.suffix.lower() not in endings:
+        raise ValueError(f"--plot {args.plot}: must end in one of {', '.join(endings)}")
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and path.is_dir():
             raise ValueError(f"{flag} {path}: is a folder; must be a file")
@@ -391,6 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
         loaded = load(target.weights, device=device, dtype=dtype)
     except (ValueError, ModelError, RunError, CheckpointError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
     answers, cut_short = collect(
         evaluate(
             Sampler(

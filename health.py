@@ -120,11 +120,12 @@ class Health:
         return warnings
 
     def check_end(self) -> None:
-        """Raise `Unhealthy` if the last step was skipped: what was left there is no model."""
+        """Raise `Unhealthy` if the last step was skipped: the policy may be of no use by then."""
         if self.history and self.history[-1]["skipped"]:
             raise Unhealthy(
-                f"the last step was skipped, {self.history[-1]['not_finite']} not finite: there is "
-                f"nothing to save; a lower --lr or a higher --beta usually helps"
+                f"the last step was skipped, {self.history[-1]['not_finite']} not finite, so there "
+                f"is no final/. More steps (--resume, --steps) may mend it; else a new run with a "
+                f"lower --lr or a higher --beta"
             )
 
 

@@ -9,8 +9,11 @@ COMMANDS = ("main.py", "evaluate.py", "cold_start.py")  # that keep all cores bu
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 FILES = {  # of version 2 and 1: limit, use, and what of the use is page cache that can go
-    "memory.max": ("memory.current", "inactive_file"),
-    "memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file"),
+    "memory.max": ("memory.current", ("inactive_file", "active_file")),
+    "memory.limit_in_bytes": (
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
 }
 
 
@@ -46,11 +49,12 @@ def cgroup_limits(own: Path = OWN_CGROUPS, root: Path = CGROUPS) -> list[tuple[i
 
 def limit_of(folder: Path) -> list[tuple[int, int]]:
     """Return the limit and the use of one control group, if it has a limit."""
-    for limit_file, (use_file, idle_row) in FILES.items():
+    for limit_file, (use_file, cache_rows) in FILES.items():
         limit, used = read(folder / limit_file).strip(), read(folder / use_file).strip()
         if limit.isdigit() and used.isdigit():  # without a limit it says "max"
             rows = dict(line.split() for line in read(folder / "memory.stat").splitlines())
-            return [(int(limit), max(0, int(used) - int(rows.get(idle_row, 0))))]
+            cache = sum(int(rows.get(row, 0)) for row in cache_rows)
+            return [(int(limit), max(0, int(used) - cache))]
     return []
 
 

@@ -81,6 +81,7 @@ from runlog import (
     folders_of,
     new_run,
     peak_host_memory,
+    read_description,
     read_lines,
     resumed_run,
 )
@@ -136,8 +137,9 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
                 evaluate_and_log(config, sampler, loaded.processor, log, steps_done=step + 1)
             signal_number = stop.agreed_number()
             save = save or is_due(step, config.save_every) or is_last or signal_number
-            if save and not metrics["skipped"]:  # what is good gives way to what is sound only
-                save_checkpoint(config, log, loaded, optimizer, steps_done=step + 1)
+            if save and (not metrics["skipped"] or signal_number or is_last):
+                kept = config.keep + bool(metrics["skipped"])  # good gives way to sound only
+                save_checkpoint(config, log, loaded, optimizer, steps_done=step + 1, keep=kept)
                 save = False
             if signal_number and not is_last:
                 leave(log, signal_number)
@@ -198,7 +200,13 @@ def next_batch(
 
 
 def save_checkpoint(
-    config: Config, log: RunLog, loaded: Loaded, optimizer: torch.optim.Optimizer, *, steps_done
+    config: Config,
+    log: RunLog,
+    loaded: Loaded,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps_done: int,
+    keep: int,
 ) -> None:
     """Save the run's state, or say why that was left out: the run itself goes on."""
     begin = time.perf_counter()
@@ -210,7 +218,7 @@ def save_checkpoint(
             loaded,
             optimizer,
             steps_done=steps_done,
-            keep=config.keep,
+            keep=keep,
             **what_is_saved(config),
         )
     except (OSError, checkpoint.CheckpointError) as error:
@@ -496,6 +504,7 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
     """
     saved = checkpoint.checkpoints_of(run)
     if not saved:
+        check_first_model(run, config)
         return None
     done = checkpoint.steps_of(saved[-1])
     is_final = checkpoint.steps_of(run / "final") == done
@@ -510,6 +519,16 @@ def checkpoint_to_resume(run: Path, config: Config) -> Path | None:
             f"run can start from its weights: --model {shlex.quote(str(saved[-1]))}"
         )
     return saved[-1]
+
+
+def check_first_model(run: Path, config: Config) -> None:
+    """Raise `ValueError` for another model where no checkpoint can say that it is the same."""
+    before = read_description(run)["config"]["model"]
+    if config.model != before and os.path.isdir(before):
+        raise ValueError(
+            f"--model {config.model}: the run has {before}, and no checkpoint yet by whose "
+            f"checksums the two could be told to be the same"
+        )
 
 
 def resume(

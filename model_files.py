@@ -59,8 +59,8 @@ def folder_of(model: str, *, config_only: bool = False) -> Path:
         fetched = snapshot_download(model, allow_patterns=[CONFIG] if config_only else WANTED)
     except Exception as error:  # whatever a lost connection or a missing repository makes it raise
         raise ModelError(
-            f"model {model}: not in the hub's cache (HF_HOME says where that is), and not to be had "
-            f"from the hub: {first_line(error)}"
+            f"model {model}: not in the hub's cache (HF_HOME says where that is), and not to be "
+            f"had from the hub: {first_line(error)}"
         ) from error
     if not (config_only or is_whole(Path(fetched))):
         raise ModelError(
@@ -123,7 +123,8 @@ def kept_files(folder: Path) -> dict[str, bytes]:
 
 def check_pointers(folder: Path) -> None:
     """Raise `ModelError` for a file that git-lfs has left a pointer in place of."""
-    for path in sorted(folder.iterdir()):
+    names = (*KEPT_AS_THEY_ARE, "generation_config.json", INDEX)
+    for path in [*(folder / name for name in names), *sorted(folder.glob("*.safetensors"))]:
         if path.is_file() and path.stat().st_size < 1024:
             with path.open("rb") as file:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -187,15 +188,21 @@ def parameter_of(name: str) -> str:
 
 
 def is_idle(name: str) -> bool:
-    """Return whether a weight that a file may hold is computed, or shared, and so not read."""
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+    """Return whether a weight that a file may hold is none of the model's layers.
+
+    It is computed, as frequencies are, shared, or a head that some other trainer has added.
+    """
+    return not name.startswith("model.") or name.endswith(".inv_freq")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the paths of a folder's weights, which may be missing. Raises `ModelError`."""
+    """Return the paths of a folder's weights, which may be missing. Raises `ModelError`.
+
+    Where there are both, transformers takes the one file, and not those of the index.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        if (folder / WEIGHTS).is_file():
-            return [folder / WEIGHTS]
         raise ModelError(f"{folder}: there are no weights in it: no {WEIGHTS} and no {INDEX}")
     names = read_json(folder / INDEX).get("weight_map")
     if not (names and isinstance(names, dict) and all(isinstance(n, str) for n in names.values())):

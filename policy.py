@@ -51,6 +51,7 @@ from machine import free_host_memory
 from model_files import (
     CONFIG,
     ModelError,
+    check_exists,
     check_pointers,
     check_quantized,
     check_weights,
@@ -183,7 +184,7 @@ def check_files(model: str) -> str:
     if folder is None:
         return f"{model}: not on disk; its files are checked once they are fetched"
     config = model_config(model)
-    load_processor(folder, config)
+    decoding(folder, load_processor(folder, config).tokenizer)
     return f"{folder}: {check_folder(folder, config)}; tokenizer and image processor read"
 
 
@@ -244,11 +245,13 @@ def base_of(model: str) -> str:
     base = read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{path}: does not name the model that the adapter belongs to")
-    if os.path.isabs(base) and not os.path.isdir(base):
+    try:
+        check_exists(base)
+    except ModelError as error:
         raise ModelError(
             f"{path}: the adapter belongs to {base}, and there is no such folder; if that model "
             f"has moved, write its place to base_model_name_or_path in this file"
-        )
+        ) from error
     return base
 
 
@@ -324,13 +327,13 @@ def decoding(folder: Path, tokenizer) -> GenerationConfig:
     With its own stop ids and padding, and nothing that reshapes its distribution: the published
     generation_config.json has a repetition penalty and a temperature of 1e-6. Raises `ModelError`.
     """
-    stops, pad = known_ids(tokenizer, STOPS), tokenizer.pad_token_id
     path = folder / "generation_config.json"
-    if path.exists():
-        published = read_json(path)
-        stops, pad = published.get("eos_token_id"), published.get("pad_token_id", pad)
-    else:
-        print(f"{folder}: no generation_config.json; completions end at {' or '.join(STOPS)}")
+    published = read_json(path) if path.exists() else {}
+    stops = published.get("eos_token_id")
+    pad = published.get("pad_token_id", tokenizer.pad_token_id)
+    if stops is None:
+        stops = known_ids(tokenizer, STOPS)
+        print(f"{path}: names no eos_token_id; completions end at {' or '.join(STOPS)}")
     stops = [stops] if isinstance(stops, int) else stops
     if not (isinstance(stops, list) and stops and all(isinstance(stop, int) for stop in stops)):
         raise ModelError(f"{path}: no eos_token_id, which ends a completion")

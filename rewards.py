@@ -21,12 +21,13 @@ TWO_DECIMALS = re.compile(r"[0-9]+\.[0-9]{2}")
 PLAIN = (  # pattern, and what stands for it, from top to bottom
     (r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)"),
     (r"\{,\}", ","),  # 1{,}200
-    (r"\\(?:boxed|text|textbf|mathrm|mathbf|left|right|quad)(?![A-Za-z])|\\[ ,;:!()\[\]]", " "),
-    (r"[$~`{}\[\]\"\u2018\u2019\u201c\u201d]", " "),
+    (r"\\(?:boxed|text|textbf|mathrm|mathbf|left|right|quad|displaystyle)(?![A-Za-z])", " "),
+    (r"\\[ ,;:!()\[\]]", " "),
+    (r"[$~`{}_#\[\]\"\u2018\u2019\u201c\u201d]", " "),
     (r"(\*{1,3})(?=\S)([^*]+)\1(?![\d*])|\*\*([^*]+\*[^*]+)\*\*", r" \2\3 "),  # **400**
     (r"²|\*\*\s*2(?![\d.])", "^2"),
     (r"\\(?:times|cdot)(?![A-Za-z])|\btimes\b|[·\N{MULTIPLICATION SIGN}]", "*"),
-    (r"(?<=[\d)\s])[xX](?=\s*[\d(])", "*"),  # 20 x 20
+    (r"(?<=[\d)\s])[xX](?=\s*[\d(])|(?<=\d)\s+by\s+(?=\d)", "*"),  # 20 x 20, 20 by 20
     (r"\\div(?![A-Za-z])|÷", "/"),
     (r"½", "(1/2)"),
     (r"\\pi(?![A-Za-z])|π", " pi "),
@@ -40,10 +41,10 @@ AREA_UNIT = re.compile(rf"({UNIT}\s*)(?:\^\s*\(?\s*2\s*\)?|2|squared)(?![\d.])")
 # equals sign must be words too, or a calculation, of which the number is the result.
 WORDS = r"[A-Za-z\s.,;:'()]*"
 CHANGING = re.compile(
-    r"\b(?:half|third|quarter|fifth|tenth|double|twice|triple|halved|doubled|square of|squared"
+    r"\b(?:half|thirds?|quarters?|fifth|tenth|double|twice|triple|halved|doubled|square of|squared"
     r"|cubed|root|sqrt|pi|dozen|hundred|thousand|[mbtr]+illion|(?-i:[kKM])|per ?cent|pct|plus"
-    r"|minus|negative|not?|wrong|least|most|more|less|than|over|under|up to|sin|cos|tan|log|ln"
-    r"|max|min)\b"
+    r"|minus|negative|divided|point|wrong|least|most|more|less|than|up to|sin|cos|tan|log|ln|max"
+    r"|min|(?:not?|over|under|below|above)(?=\s+\d))\b"
     r"|\d\s*[xX]\b|(?:^|[^\w\s)])\s*[.,]\s*\d",  # 20 x, .5
     re.IGNORECASE,
 )

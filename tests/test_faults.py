@@ -257,6 +257,13 @@ def test_a_run_goes_on_after_its_checkout_has_moved(tmp_path, capsys):
     assert faults.lines_of(run) == 3
 
 
+def test_without_a_checkpoint_another_model_is_refused(whole, tmp_path, capsys):
+    run = copy_of(whole, tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    told = refused(capsys, "--resume", str(run), "--model", str(whole / "final"))
+    assert f"--model {whole / 'final'}: the run has {TINY}, and no checkpoint yet" in told
+
+
 def test_a_model_given_by_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatch):
     shutil.copytree(TINY, tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
@@ -484,11 +491,30 @@ def test_a_run_that_ends_in_skipped_steps_has_no_final_model(tmp_path, monkeypat
     monkeypatch.setattr(main, "judge", spoiled)
     with pytest.raises(SystemExit) as stop:
         start(tmp_path, "spoiled")
-    saved = tmp_path / "spoiled" / "checkpoints" / "step-000002"
     assert "the last step was skipped, reward not finite" in stop.value.code
-    assert stop.value.code.endswith(f"Last checkpoint: {saved}")  # and no proposal to go on
+    saved = checkpoint.checkpoints_of(tmp_path / "spoiled")
+    assert [path.name for path in saved] == ["step-000002", "step-000005"]  # nothing is lost
+    assert stop.value.code.endswith(f"Last checkpoint: {saved[-1]}")
     assert not (tmp_path / "spoiled" / "final").exists()
     assert "done" not in capsys.readouterr().out
+
+
+def test_ctrl_c_in_a_skipped_step_saves_it_beside_the_last_good_one(tmp_path, monkeypatch):
+    def interrupted(config, examples, text, prompt_index):
+        reward = judge(config, examples, text, prompt_index)
+        if examples[0].index < 4:
+            return reward
+        if not stopped:
+            stopped.append(signal.raise_signal(signal.SIGTERM))
+        return dataclasses.replace(reward, area_correctness=float("nan"))
+
+    judge, stopped = main.judge, []
+    monkeypatch.setattr(main, "judge", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path, "spoiled")
+    assert stop.value.code == 128 + signal.SIGTERM
+    saved = [path.name for path in checkpoint.checkpoints_of(tmp_path / "spoiled")]
+    assert saved == ["step-000002", "step-000003"]
 
 
 def test_a_save_that_falls_on_a_skipped_step_is_made_up_for(tmp_path, monkeypatch):

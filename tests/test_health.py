@@ -84,7 +84,10 @@ def test_a_run_that_ends_in_a_skipped_step_has_no_end():
         health.check(metrics)
     health.check_end()
     health.check({**SOUND, **BAD, "step": 3})
-    with pytest.raises(Unhealthy, match="the last step was skipped, loss, gradient not finite"):
+    with pytest.raises(
+        Unhealthy,
+        match="last step was skipped, loss, gradient not finite",
+    ):
         health.check_end()
 
 

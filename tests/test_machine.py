@@ -30,7 +30,8 @@ def test_version_1_as_docker_mounts_it(tmp_path):
     files = {
         "memory/memory.limit_in_bytes": 600 * MIB,
         "memory/memory.usage_in_bytes": 250 * MIB,
-        "memory/memory.stat": f"cache {80 * MIB}\ntotal_inactive_file {50 * MIB}",
+        "memory/memory.stat": f"cache 1\ntotal_inactive_file {30 * MIB}\n"
+        f"total_active_file {20 * MIB}",
     }
     own = "11:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n"
     assert limits(tmp_path, own, files) == [(600 * MIB, 200 * MIB)]

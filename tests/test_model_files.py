@@ -184,7 +184,7 @@ def test_without_generation_config_both_stop_tokens_are_known(base, capsys):
     """transformers would take the one of config.json."""
     (base / "generation_config.json").unlink()
     assert policy.stop_ids(load(str(base), **PLACE).policy) == [2, 0]
-    assert "no generation_config.json; completions end at <|im_end|> or" in capsys.readouterr().out
+    assert "names no eos_token_id; completions end at <|im_end|> or" in capsys.readouterr().out
 
 
 # --- damage, told without loading ---------------------------------------------------------
@@ -313,8 +313,25 @@ def test_a_dry_run_says_what_it_has_checked(base, capsys):
 def test_weights_that_are_computed_or_shared_may_be_in_the_files_too(base):
     embeddings = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
     idle = {"lm_head.weight": embeddings.clone(), "model.rotary_emb.inv_freq": torch.ones(16)}
+    idle |= {"visual.rotary_pos_emb.inv_freq": torch.ones(8), "v_head.weight": torch.ones(1)}
     edit_weights(base, **idle)
     assert "in 1 files" in check_files(str(base))
+
+
+def test_what_is_checked_is_what_is_loaded(base):
+    """Beside one file of weights an index, left over, is passed over by transformers too."""
+    where = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(where))
+    assert "104 weights in 1 files" in check_files(str(base))
+    load(str(base), **PLACE)
+    edit_weights(base, **{LAYER: None})
+    with pytest.raises(ModelError, match="1 weights are missing"):
+        check_files(str(base))
+
+
+def test_a_pointer_that_nobody_reads_does_not_matter(base):
+    point(base / "training_args.bin")
+    load(str(base), **PLACE)
 
 
 @pytest.mark.parametrize(

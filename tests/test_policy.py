@@ -130,7 +130,10 @@ def replace_weight(folder: Path, value: torch.Tensor | None) -> None:
         (lambda at: (at / "tokenizer.json").unlink(), "the tokenizer is incomplete"),
         (lambda at: (at / "tokenizer.json").write_text("{"), "cannot be loaded"),
         (lambda at: (at / "generation_config.json").write_text("{"), "cannot be read"),
-        (lambda at: (at / "generation_config.json").write_text("{}"), "no eos_token_id"),
+        (
+            lambda at: (at / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+            "no eos_token_id",
+        ),
         (lambda at: (at / "processor_config.json").unlink(), "cannot be loaded"),
         (lambda at: (at / "chat_template.jinja").write_text("{{ broken"), "cannot be loaded"),
         (lambda at: (at / "chat_template.jinja").write_text("no image"), "cannot be loaded"),

@@ -36,7 +36,7 @@ IMPORTS = {  # the import graph: file -> project files it may import
     "cold_start": {
         *("policy", "scoring", "rewards", "shapes", "fastpath", "config", "parallel", "terminal"),
     },
-    "config": {"grpo", "policy", "rewards", "runlog", "shapes"},
+    "config": {"grpo", "model_files", "policy", "rewards", "runlog", "shapes"},
     "main": {
         *("config", "grpo", "policy", "sampling", "rewards", "shapes", "evaluate", "runlog"),
         *("checkpoint", "health", "memory", "parallel", "fastpath", "terminal", "machine"),
