@@ -267,9 +267,7 @@ def find_target(target: str) -> Target:
     """
     run, folder = Path(target), Path(target).resolve()
     if not (run / "metrics.jsonl").is_file():
-        around = (
-            folder.parents[:3] if folder.is_dir() else ()
-        )  # RUN/checkpoints/step-000100/reference
+        around = folder.parents[:3] if folder.is_dir() else ()  # of RUN/final, of a checkpoint
         run = next((path for path in around if (path / "metrics.jsonl").is_file()), None)
         return Target(target, run, steps_of(folder) if run else None)
     saved = [path for path in (*checkpoints_of(run), run / "final") if path.is_dir()]
@@ -286,18 +284,14 @@ def settle(args: argparse.Namespace, run: Path | None) -> None:
     Raises `ValueError` for values out of range; `RunError` for a damaged config.json.
     """
     settings = DEFAULTS | (run_settings(run) if run else {})
-    if args.max_rotation is not None and not args.rotate and not settings["rotate"]:
-        raise ValueError("--max-rotation: has no effect without --rotate")
+    max_rotation_given = args.max_rotation is not None
     for name in DEFAULTS:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
-    for name, least in {
-        "examples": 1,
-        "batch_size": 1,
-        "max_new_tokens": 1,
-        "seed": 0,
-        "show": 0,
-    }.items():
+    if max_rotation_given and not args.rotate:
+        raise ValueError("--max-rotation: has no effect without --rotate")
+    limits = {"examples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0, "show": 0}
+    for name, least in limits.items():
         check_number(f"--{name.replace('_', '-')}", getattr(args, name), least=least)
     if args.temperature:  # 0 is greedy
         check_number("--temperature", args.temperature, least=0.01, most=100)
@@ -364,7 +358,8 @@ def report(
     print(f"{spec}, {args.correctness} area reward, relative errors are capped at 1")
     print(table(summaries))
     written = [path for path, write in writers.items() if write_file(path, write)]
-    print("\n".join(f"written: {path}" for path in written))
+    for path in written:
+        print(f"written: {path}")
     return len(written) == len(writers)
 
 

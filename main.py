@@ -701,7 +701,9 @@ def begin(config: Config, folders: Iterable[Path]) -> RunLog:
     folder = everyone([log.folder if log else None])[0]  # all wait until it is made
     if problem:
         raise problem
-    return log or (Onlooker(folder) if folder else sys.exit(2))
+    if folder is None:
+        sys.exit(2)  # the main process has said why
+    return log or Onlooker(folder)
 
 
 def make_run(config: Config, folders: Iterable[Path]) -> RunLog:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 T = TypeVar("T")
-LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR")  # what a launcher sets beside WORLD_SIZE
+LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
 PATIENCE = timedelta(hours=1)  # all wait for one while it writes a checkpoint
 
 

@@ -130,10 +130,10 @@ class Tracker:
         from accelerate import Accelerator
 
         options = {"name": folder.name, "resume": "allow"}
-        if tool == "tensorboard" and resumed_at is None:
+        if tool == "tensorboard":
             options = {}
-        elif tool == "tensorboard":  # what comes again is cut; a config would be one run more
-            options, config = {"purge_step": resumed_at + 1}, None
+            if resumed_at is not None:  # what comes again is cut; a config would be one run more
+                options, config = {"purge_step": resumed_at + 1}, None
         if tool == "wandb":  # a name alone would be a second run each time
             started = read_description(folder)["started"]
             options["id"] = re.sub(r"[^\w-]", "-", f"{folder.name}-{started}")

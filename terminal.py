@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -28,7 +29,8 @@ def replacement(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWr
     if stream is None:  # closed by the shell (`>&-`): the next file opened would take its number
         reserve(descriptor)
     else:
-        stream.flush()
+        with suppress(OSError):
+            stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(Droppable(descriptor, "wb", closefd=False)),
         encoding=stream.encoding if stream else "utf-8",

@@ -142,6 +142,12 @@ def test_a_model_in_a_run_is_asked_the_runs_own_task(wide_run, part, capsys):
     assert "root area reward" in told
 
 
+def test_turned_off_the_largest_turn_has_no_effect(wide_run, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([str(wide_run), "--no-rotate", "--max-rotation", "10"])
+    assert "--max-rotation: has no effect without --rotate" in capsys.readouterr().err
+
+
 def test_a_model_outside_of_a_run_has_the_defaults(wide_run, monkeypatch):
     """Also where the working folder is a run's, and the model elsewhere."""
     monkeypatch.chdir(wide_run)

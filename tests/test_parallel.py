@@ -240,7 +240,8 @@ def test_a_share_that_is_gone_is_told(folder, tmp_path):
     assert not checkpoint.has_optimizer(damaged)
 
 
-ALL = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
+ALL = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+ALL |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
@@ -251,8 +252,9 @@ ALL = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localh
         ({"RANK": "1"}, (0, 1)),  # what some other tool has left
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}, (0, 1)),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: without RANK and LOCAL_RANK and MASTER_ADDR;"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: without RANK and LOCAL_RANK and MASTER_ADDR and"),
         (ALL | {"RANK": ""}, "WORLD_SIZE=2: without RANK;"),
+        (ALL | {"MASTER_PORT": ""}, "WORLD_SIZE=2: without MASTER_PORT;"),
         (ALL | {"RANK": "first"}, "RANK=first: must be a number"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2: must be a number"),
     ],
