@@ -124,15 +124,18 @@ def wide_run(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("part", ["", "final", "checkpoints/step-000002"])
-def test_a_model_in_a_run_is_asked_the_runs_own_task(wide_run, part, capsys):
+def test_a_model_in_a_run_is_asked_the_runs_own_task(wide_run, part, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "completion_texts", lambda *_: [xml("400.00")] * 8)
     path = wide_run.parent / "numbers.json"
-    evaluate.main([str(wide_run / part), "--examples", "2", "--json", str(path)])
+    evaluate.main([str(wide_run / part), "--examples", "8", "--json", str(path)])
     numbers = json.loads(path.read_text())
     asked = {name: numbers["arguments"][name] for name in ("rotate", "min_size", "reasoning_tag")}
     assert asked == {"rotate": True, "min_size": 5.0, "reasoning_tag": "think"}
     asked = {name: numbers["arguments"][name] for name in ("image_size", "seed", "max_new_tokens")}
     assert asked == {"image_size": 84, "seed": 7, "max_new_tokens": 48}
     assert numbers["run"] == str(wide_run)
+    errors = [answer["reward"]["relative_error"] for answer in numbers["answers"]]
+    assert any(0 < error < 1 for error in errors)  # or all formulas would agree
     for answer in numbers["answers"]:
         error = answer["reward"]["relative_error"]
         assert answer["reward"]["area_correctness"] == pytest.approx(3 - 6 * error**0.5)

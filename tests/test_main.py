@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+import evaluate
 import main
 from attention import IMPLEMENTATION
 from config import Config
@@ -104,6 +105,16 @@ def test_examples_do_not_depend_on_the_workers(processor, workers):
         assert torch.equal(prompts.input_ids, other_prompts.input_ids)
         assert torch.equal(prompts.pixel_values, other_prompts.pixel_values)
     assert count == 4
+
+
+def test_held_out_answers_are_judged_by_the_runs_own_reward(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "completion_texts", lambda *_: ["<answer>400.00</answer>"] * 4)
+    flags = ["--steps", "1", "--eval-examples", "1", "--correctness", "root", "--image-size", "84"]
+    main.main([*SMALL, *flags, "--runs", str(tmp_path), "--name", "run"])
+    for line in read_lines(tmp_path / "run" / "evaluations.jsonl"):
+        error = line["relative_error_mean"]
+        assert 0 < error < 1
+        assert line["area_correctness_reward"] == pytest.approx(3 - 6 * error**0.5)
 
 
 def test_completions_are_judged_by_the_runs_own_reward(processor):
