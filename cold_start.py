@@ -37,9 +37,8 @@ from transformers import (
 )
 
 from config import check_number
-from fastpath import prepare_gpu, trust_triton
-from parallel import check_alone
-from policy import (
+from engine.fastpath import prepare_gpu, trust_triton
+from engine.loading import (
     Loaded,
     ModelError,
     Prompts,
@@ -54,10 +53,11 @@ from policy import (
     trained_count,
     use_own_attention,
 )
+from engine.parallel import check_alone
+from engine.scoring import completion_logprobs
+from harness.terminal import never_fail
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
-from scoring import completion_logprobs
 from shapes import Shape, ShapeSpec, check_image_size, make_example
-from terminal import never_fail
 
 DIMENSIONS = {
     "rectangle": "rectangle, width {width:.0f}, height {height:.0f}",

@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from engine.loading import DTYPES
+from engine.model_files import ModelError, check_exists
 from grpo import LOSSES
-from model_files import ModelError, check_exists
-from policy import DTYPES
+from harness.runlog import RunError, read_description
 from rewards import CORRECTNESS, REASONING_TAGS
-from runlog import RunError, read_description
 from shapes import ShapeSpec, check_image_size
 
 REPORTS = ("none", "tensorboard", "wandb", "trackio")

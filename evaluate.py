@@ -18,17 +18,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, checkpoints_of, steps_of
 from config import check_number
-from fastpath import prepare_gpu
+from engine.fastpath import prepare_gpu
+from engine.loading import ModelError, check_use, encode, load, place, stop_ids
+from engine.parallel import check_alone, process_count, process_index
+from engine.sampling import Sampler, completion_texts, make_generator
 from grpo import is_out_of_memory
-from parallel import check_alone, process_count, process_index
-from policy import ModelError, check_use, encode, load, place, stop_ids
+from harness.checkpoint import CheckpointError, checkpoints_of, steps_of
+from harness.runlog import RunError, read_description
+from harness.terminal import check_folder, never_fail, write_file
 from rewards import CORRECTNESS, REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
-from runlog import RunError, read_description
-from sampling import Sampler, completion_texts, make_generator
 from shapes import KINDS, Figure, Shape, ShapeSpec, check_image_size, make_example
-from terminal import check_folder, never_fail, write_file
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 SIZE_THIRDS = ("small", "medium", "large")  # thirds of the examples, by true area

@@ -27,10 +27,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from parallel import add_gradients, everyone, largest, process_count, total
-from policy import Prompts, see, send, stop_ids
-from sampling import Sampler, completion_texts
-from scoring import completion_logprobs
+from engine.loading import Prompts, see, send, stop_ids
+from engine.parallel import add_gradients, everyone, largest, process_count, total
+from engine.sampling import Sampler, completion_texts
+from engine.scoring import completion_logprobs
 
 T = TypeVar("T")
 LOSSES = ("grpo", "dapo", "dr_grpo")

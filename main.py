@@ -28,35 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-import checkpoint
 from config import Config, make_config, make_parser
-from evaluate import evaluate, summarize
-from fastpath import prepare_gpu, trust_triton
-from grpo import (
-    Passes,
-    Rollout,
-    collect_rollout,
-    has_spread,
-    is_out_of_memory,
-    score_reference,
-    sync_reference,
-    update,
-)
-from health import Health, StopSignal, Unhealthy, follow_the_parent, launcher_limit
-from machine import threads_beside_others
-from memory import (
-    Work,
-    at_least,
-    estimate,
-    held,
-    parameters_of,
-    table,
-    trained_bytes,
-    trained_of,
-    what_would_fit,
-)
-from parallel import everyone, is_main, join, launched, process_count, process_index
-from policy import (
+from engine.fastpath import prepare_gpu, trust_triton
+from engine.loading import (
     GIB,
     Loaded,
     ModelError,
@@ -71,8 +45,34 @@ from policy import (
     place,
     trainable,
 )
-from rewards import SYSTEM_MESSAGE, Reward, make_prompt, score
-from runlog import (
+from engine.machine import threads_beside_others
+from engine.parallel import everyone, is_main, join, launched, process_count, process_index
+from engine.sampling import Sampler, make_generator
+from evaluate import evaluate, summarize
+from grpo import (
+    Passes,
+    Rollout,
+    collect_rollout,
+    has_spread,
+    is_out_of_memory,
+    score_reference,
+    sync_reference,
+    update,
+)
+from harness import checkpoint
+from harness.health import Health, StopSignal, Unhealthy, follow_the_parent, launcher_limit
+from harness.memory import (
+    Work,
+    at_least,
+    estimate,
+    held,
+    parameters_of,
+    table,
+    trained_bytes,
+    trained_of,
+    what_would_fit,
+)
+from harness.runlog import (
     Onlooker,
     RunError,
     RunLog,
@@ -85,9 +85,9 @@ from runlog import (
     read_lines,
     resumed_run,
 )
-from sampling import Sampler, make_generator
+from harness.terminal import never_fail
+from rewards import SYSTEM_MESSAGE, Reward, make_prompt, score
 from shapes import Example, make_example
-from terminal import never_fail
 
 UPDATE_KNOBS = ("loss", "inner_epochs", "temperature", "beta", "clip_eps", "clip_eps_high")
 UPDATE_KNOBS += ("max_grad_norm", "max_new_tokens")

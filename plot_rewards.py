@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.terminal import check_folder, never_fail, write_file
 from shapes import Figure
-from terminal import check_folder, never_fail, write_file
 
 REWARDS = {  # key in metrics.jsonl: title and range of the reward
     "area_correctness_reward": ("Area correctness", (-3.0, 3.0)),

@@ -23,9 +23,9 @@ from string import Template
 
 from PIL import Image
 
+from harness.terminal import never_fail
 from plot_rewards import REWARDS, RunError, curve, moving_average, read_metrics
 from shapes import KINDS, Figure, Shape, canvas_of, check_image_size, default_style
-from terminal import never_fail
 
 WINDOW = 20  # steps of the moving average
 TEXT_LIMIT = 4_000  # characters shown of a text

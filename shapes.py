@@ -27,7 +27,7 @@ from matplotlib.figure import Figure  # others import it from here, after the li
 from matplotlib.patches import Circle, Polygon
 from PIL import Image
 
-from terminal import check_folder, never_fail, write_file
+from harness.terminal import check_folder, never_fail, write_file
 
 GRID = 50.0  # both axes run from 0 to GRID, in grid units
 KINDS = ("rectangle", "circle", "square", "triangle")

@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main as trainer  # noqa: E402
-from checkpoint import checkpoints_of  # noqa: E402
+from harness.checkpoint import checkpoints_of  # noqa: E402
+from harness.runlog import finite, read_lines  # noqa: E402
 from rewards import score  # noqa: E402
-from runlog import finite, read_lines  # noqa: E402
 
 STEPS, SAVE_EVERY = 12, 2
 RUN = f"--preset tiny --device cpu --steps {STEPS} --save-every {SAVE_EVERY} --keep 2 --workers 1"

@@ -32,8 +32,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fastpath
-from attention import (
+from config import Config
+from engine import fastpath
+from engine.attention import (
     DECODING,
     FLASH,
     check_suffix_attention,
@@ -41,12 +42,14 @@ from attention import (
     one_token_attention,
     suffix_attention,
 )
-from checkpoint import save_share
-from config import Config
-from fastpath import check_matmul, matmul_fp32, prepare_gpu, relative_difference, trust_triton
-from grpo import Passes, Rollout, score_reference, update
-from memory import TEXT_TOKENS
-from policy import (
+from engine.fastpath import (
+    check_matmul,
+    matmul_fp32,
+    prepare_gpu,
+    relative_difference,
+    trust_triton,
+)
+from engine.loading import (
     GIB,
     Loaded,
     Prompts,
@@ -58,9 +61,12 @@ from policy import (
     trained_count,
     use_own_attention,
 )
-from runlog import Stopwatch
-from sampling import COMPILED, RECORDED, Completions, Sampler, make_generator
-from scoring import completion_logprobs
+from engine.sampling import COMPILED, RECORDED, Completions, Sampler, make_generator
+from engine.scoring import completion_logprobs
+from grpo import Passes, Rollout, score_reference, update
+from harness.checkpoint import save_share
+from harness.memory import TEXT_TOKENS
+from harness.runlog import Stopwatch
 
 TOKEN = "ms a token"  # a decoding step of all rows
 ROLLOUT = "images, prompts, decoding"

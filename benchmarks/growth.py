@@ -19,13 +19,13 @@ from pathlib import Path
 from peers import Task, add_flags, task_of
 from step import PHASES, own_steps, prepare_gpu
 
+from harness.terminal import check_folder, never_fail, write_file
 from shapes import Figure
-from terminal import check_folder, never_fail, write_file
 
 GROUP_SIZES = (4, 8, 16, 32, 64)
 LENGTHS = (16, 32, 64, 128, 256)
 STEPS = 5
-PICTURE = Path(__file__).resolve().parent.parent / "results" / "growth.png"
+PICTURE = Path(__file__).resolve().parents[1] / "experiments" / "results" / "growth.png"
 
 
 def measure(task: Task) -> dict[str, float]:

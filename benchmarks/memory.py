@@ -20,8 +20,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from policy import GIB, Prompts, use_own_attention
-from scoring import completion_logprobs
+from engine.loading import GIB, Prompts, use_own_attention
+from engine.scoring import completion_logprobs
 
 TEXT_TOKENS, LONGEST, MEAN = 129, 250, 150
 

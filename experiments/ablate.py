@@ -15,8 +15,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import grpo
-import health
 import main
+from harness import health
 
 
 def without_std(group_advantages: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ python experiments/figures.py bf16           # what Kahan summation is there for
 Run NAME-seedN is read from runs/, its answers from held-out/NAME-seedN-on-TASK-at-TEMPERATURE.json,
 as `evaluate.py --json` writes them; reproduce.sh makes both. What comes out goes to results/: a
 figure, and a JSON file with the numbers, the commands and the commits that made them. The table is
-printed as it stands in the README.
+printed as it stands in docs/results.md.
 """
 
 import json
@@ -22,14 +22,14 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from harness.runlog import provenance, read_description
+from harness.terminal import never_fail, write_file
 from plot_rewards import averages
-from runlog import provenance, read_description
 from shapes import Figure
-from terminal import never_fail, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TAKEN_OUT = Path(__file__).with_name("taken_out.json")  # of runs that only earlier code can make
-RUNS, HELD_OUT, RESULTS = ROOT / "runs", ROOT / "held-out", ROOT / "results"
+RUNS, HELD_OUT, RESULTS = ROOT / "runs", ROOT / "held-out", ROOT / "experiments" / "results"
 SEEDS = (0, 1, 2)
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 TEMPERATURES = {"greedy": 0, "sampled": 1}

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGene
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from config import Config, make_config, make_parser
-from policy import Loaded, Prompts, encode, use_own_attention
+from engine.loading import Loaded, Prompts, encode, use_own_attention
+from engine.sampling import call_layer
+from engine.scoring import completion_logprobs
 from rewards import SYSTEM_MESSAGE, make_prompt
-from sampling import call_layer
-from scoring import completion_logprobs
 from shapes import ShapeSpec, make_example
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -23,7 +23,8 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 torch.set_num_threads(1)
 
-TINY = str(Path(__file__).resolve().parent.parent / "tiny")
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tiny")
 
 
 def config_of(*flags: str) -> Config:

@@ -33,9 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import attention
-import fastpath
-import sampling
+from engine import attention, fastpath, sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 from pretended_gpu import FAST_FORMS, PretendedGPU
 
-import fastpath
+from engine import fastpath
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own

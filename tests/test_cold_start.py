@@ -8,7 +8,6 @@ import torch
 from conftest import TINY
 
 import cold_start
-import policy
 from cold_start import (
     MISTAKES,
     Flaws,
@@ -17,7 +16,8 @@ from cold_start import (
     tiny_tokenizer,
     warmup_cosine,
 )
-from policy import load
+from engine import loading as policy
+from engine.loading import load
 from rewards import score
 from shapes import ShapeSpec, make_example
 

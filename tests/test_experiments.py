@@ -14,10 +14,10 @@ from test_main import SMALL
 
 import cold_start
 import grpo
-import health
 import main
 from experiments import ablate, figures
-from runlog import read_lines
+from harness import health
+from harness.runlog import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
@@ -90,7 +90,7 @@ def test_a_part_that_is_not_known_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("name", figures.ENTRIES)
 def test_the_tables_of_the_readme_are_those_of_the_results(name):
-    found = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    found = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
     _, tabulate, _ = figures.ENTRIES[name]
     assert tabulate(found["numbers"]) in (ROOT / "README.md").read_text()
     commits = {run["git_commit"] for run in [found["made_by"], *found["made_by"]["runs"].values()]}
@@ -167,8 +167,9 @@ def commands() -> dict[str, list[str]]:
     """The table of reproduce.sh, its abbreviations spelled out: name of a run -> its command."""
     script = 'source <(sed "/^for entry/,$ d; /^mkdir/d" reproduce.sh); echo "$runs"'
     lines = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+        ["bash", "-c", script], capture_output=True, text=True, cwd=ROOT / "experiments", check=True
     ).stdout.splitlines()
+    assert lines, "the script has moved"
     return {line.split()[0]: line.split()[1:] for line in lines if line}
 
 
@@ -192,7 +193,7 @@ def test_what_is_compared_is_what_reproduce_sh_makes():
     compared = {*figures.GAP.values(), *figures.CONFIRM.values()} - {"before", *kept}
     rounded = set(figures.BF16.values())
     assert {*figures.TASKS, *compared, *ablated, *rounded} <= commands().keys()
-    text = (ROOT / "reproduce.sh").read_text()
+    text = (ROOT / "experiments" / "reproduce.sh").read_text()
     for entry, names in {"gap": compared, "ablations": ablated, "bf16": rounded}.items():
         (body,) = re.findall(rf"^{entry}\(\) {{(.*?)^}}", text, re.S | re.M)
         assert names <= set(body.split())

@@ -12,6 +12,7 @@ import torch
 from conftest import random_completions, scored
 
 import grpo
+from engine.sampling import Sampler
 from grpo import (
     LOSSES,
     Passes,
@@ -27,7 +28,6 @@ from grpo import (
     token_weights,
     update,
 )
-from sampling import Sampler
 
 OPTIONS = {
     "loss": "grpo",

@@ -19,11 +19,11 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import evaluate
 import main
-from attention import IMPLEMENTATION
 from config import Config
+from engine.attention import IMPLEMENTATION
+from engine.loading import load, use_own_attention
+from harness.runlog import new_run, read_lines
 from main import learning_rate
-from policy import load, use_own_attention
-from runlog import new_run, read_lines
 from shapes import ShapeSpec, make_example
 
 ROOT = Path(__file__).resolve().parent.parent

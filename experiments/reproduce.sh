@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Makes the figures and tables of the README from nothing, on CPU cores alone:
 #
-#     ./reproduce.sh            every entry: see the last lines
-#     ./reproduce.sh gap        that one, with the runs it needs
+#     experiments/reproduce.sh            every entry: see the last lines
+#     experiments/reproduce.sh gap        that one, with the runs it needs
 #
 # An entry whose result is in results/ is left out: delete the file to make it anew. A run that was
 # stopped goes on where it was. Runs go side by side, one core each; what is timed comes last, alone.
 set -euo pipefail
-cd "$(dirname "$0")"
-mkdir -p runs held-out results
+cd "$(dirname "$0")/.."
+results=experiments/results
+mkdir -p runs held-out $results
 
 runs="
 base                  main.py
@@ -67,9 +68,9 @@ side_by_side() { # runs the commands that it reads
 
 keep() { # NAME COMMAND...: writes what the command prints, and what made it, to results/NAME.txt
   printf '$ %s\ncommit %s\n\n' "${*:2}" \
-    "$(python -c 'import runlog; print(runlog.git_commit())')" > results/.partial
-  "${@:2}" | tee -a results/.partial
-  mv results/.partial "results/$1.txt"
+    "$(python -c 'from harness.runlog import git_commit; print(git_commit())')" > $results/.partial
+  "${@:2}" | tee -a $results/.partial
+  mv $results/.partial "$results/$1.txt"
 }
 
 seeds="0 1 2"
@@ -89,17 +90,17 @@ models() { # TASKS NAME...: trains each with all seeds, lets it answer the tasks
 
 # --- the entries, in order of their time
 
-pictures() { keep pictures python shapes.py --out results; }
+pictures() { keep pictures python shapes.py --out docs/img; }
 
 foreseen() { keep foreseen sh -c 'python main.py --dry-run || [ $? = 2 ]'; } # it does not fit here
 
 base() {
   models base before base
-  cp held-out/base-seed0-on-base-at-0.png results/evaluation.png
-  python plot_rewards.py runs/base-seed0 --out results
+  cp held-out/base-seed0-on-base-at-0.png $results/evaluation.png
+  python plot_rewards.py runs/base-seed0 --out $results
   python report.py runs/base-seed0
   ! command -v chromium > /dev/null || chromium --headless --no-sandbox --window-size=1200,1240 \
-    --screenshot=results/report.png "file://$PWD/runs/base-seed0/report.html" 2> /dev/null
+    --screenshot=docs/img/report.png "file://$PWD/runs/base-seed0/report.html" 2> /dev/null
   keep base python experiments/figures.py base
 }
 
@@ -148,8 +149,8 @@ for entry in ${*:-$entries}; do
   if [[ " $entries " != *" $entry "* ]]; then
     echo "reproduce.sh: $entry: must be one of: $entries" >&2
     exit 2
-  elif [ -e "results/$entry.txt" ]; then
-    echo "$entry: results/$entry.txt is there"
+  elif [ -e "$results/$entry.txt" ]; then
+    echo "$entry: $results/$entry.txt is there"
   else
     echo "$entry:"
     "$entry"

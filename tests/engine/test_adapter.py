@@ -28,12 +28,20 @@ from test_sampling import both_kinds, make_sampler, stock_generate
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import main
-import policy
-from checkpoint import checkpoints_of
+from engine import loading as policy
+from engine.loading import (
+    Loaded,
+    ModelError,
+    add_adapter,
+    load,
+    shape_config,
+    trainable,
+    trained_count,
+)
 from evaluate import main as evaluate
 from grpo import backward, grpo_loss, score_reference, token_weights, update
-from policy import Loaded, ModelError, add_adapter, load, shape_config, trainable, trained_count
-from runlog import read_lines
+from harness.checkpoint import checkpoints_of
+from harness.runlog import read_lines
 
 RANK = 3
 PLACE = {"device": "cpu", "dtype": "float32"}

@@ -7,8 +7,8 @@ import optimi
 import pytest
 import torch
 
-import fastpath
-from fastpath import (
+from engine import fastpath
+from engine.fastpath import (
     check_adamw,
     is_trusted,
     matmul_fp32,

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
-from attention import trust_attention
-from fastpath import at_least_fp32, is_trusted, matmul_fp32, relative_difference, trusted
-from parallel import process_count, process_index
-from policy import Prompts, embed_prompts, stop_ids
+from engine.attention import trust_attention
+from engine.fastpath import at_least_fp32, is_trusted, matmul_fp32, relative_difference, trusted
+from engine.loading import Prompts, embed_prompts, stop_ids
+from engine.parallel import process_count, process_index
 
 COMPILED = "torch.compile of the decoder layers"
 RECORDED = "a CUDA graph of the decoding step"

@@ -22,13 +22,13 @@ import pytest
 import torch
 from conftest import TINY, config_of
 
-import checkpoint
 import evaluate
 import grpo
 import main
-from runlog import RunError, RunLog, new_run
+from harness import checkpoint
+from harness.runlog import RunError, RunLog, new_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
 
 import faults  # noqa: E402

@@ -8,8 +8,8 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-import health as health_module
-from health import MAX_SKIPPED, WINDOW, Health, StopSignal, Unhealthy, exit_after
+from harness import health as health_module
+from harness.health import MAX_SKIPPED, WINDOW, Health, StopSignal, Unhealthy, exit_after
 
 SOUND = {
     "skipped": 0,

@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 from torch.distributed.launcher.api import LaunchConfig
 
-from parallel import everyone, is_main, process_count
+from engine.parallel import everyone, is_main, process_count
 
 # mean |log-prob sampled - scored| at the first step that still is rounding, in nats per token
 MAX_SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from conftest import random_completions, stock, stock_inputs
 
-import attention
-import fastpath
-from attention import (
+from engine import attention, fastpath
+from engine.attention import (
     check_one_token_attention,
     check_suffix_attention,
     lower_right,
     one_token_attention,
     suffix_attention,
 )
-from fastpath import TOLERANCE
+from engine.fastpath import TOLERANCE
 
 HEADS = SimpleNamespace(num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
 LIKE = torch.zeros(1, dtype=torch.float64)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastpath import at_least_fp32, is_trusted, relative_difference, trusted
+from engine.fastpath import at_least_fp32, is_trusted, relative_difference, trusted
 
 IMPLEMENTATION = "shared_prompt"  # the name of `attention` in a model's config
 FLASH = "flash attention behind shared prompts"

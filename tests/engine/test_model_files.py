@@ -26,12 +26,12 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import evaluate
 import main
-import model_files
-import policy
 from cold_start import main as cold_start
-from memory import TEXT_TOKENS
-from model_files import ModelError, parameter_of
-from policy import check_files, empty_model, load, shape_config
+from engine import loading as policy
+from engine import model_files
+from engine.loading import check_files, empty_model, load, shape_config
+from engine.model_files import ModelError, parameter_of
+from harness.memory import TEXT_TOKENS
 from rewards import PROMPT, SYSTEM_MESSAGE
 
 SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"

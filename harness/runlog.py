@@ -28,6 +28,7 @@ try:
 except ImportError:
     sys.exit("This runs on Linux and macOS. On Windows: in WSL, which is a Linux")
 
+ROOT = Path(__file__).resolve().parent.parent  # of this code
 PACKAGES = ("torch", "transformers", "accelerate", "torch-optimi", "matplotlib", "numpy", "pillow")
 TRACKED = {"metrics": "", "evaluations": "held_out/"}  # what a tool is shown, under which prefix
 STEP_KEYS = {"metrics": "step", "evaluations": "steps_done", "samples": "step"}  # file -> key
@@ -329,7 +330,7 @@ def folders_of(runs: Path, name: str) -> Iterator[Path]:
         yield runs / f"{name}-{number}"
 
 
-def git_commit(root: Path = Path(__file__).parent) -> str | None:
+def git_commit(root: Path = ROOT) -> str | None:
     """Return the commit of this code, with "+changes" if Python files differ.
 
     None without git, and for a copy of the code that some other repository does not track.

@@ -10,10 +10,17 @@ import pytest
 import torch
 from conftest import TINY, config_of
 
-import checkpoint
-from checkpoint import CheckpointError, checkpoints_of, restore, save, save_final, whole_folder
+from engine.loading import load
+from harness import checkpoint
+from harness.checkpoint import (
+    CheckpointError,
+    checkpoints_of,
+    restore,
+    save,
+    save_final,
+    whole_folder,
+)
 from main import make_optimizer
-from policy import load
 
 PARTS = {"with_optimizer": True, "with_reference": False}
 

@@ -9,8 +9,8 @@ from conftest import TINY, make_prompts, stock
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
-import policy
-from policy import (
+from engine import loading as policy
+from engine.loading import (
     ModelError,
     embed_prompts,
     encode,

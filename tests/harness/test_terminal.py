@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 from test_faults import faults
 
-from checkpoint import checkpoints_of
-from terminal import replacement
+from harness.checkpoint import checkpoints_of
+from harness.terminal import replacement
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--preset tiny --device cpu --prompts-per-step 2 --group-size 2 --image-size 84"
 FLAGS += " --eval-every 2 --eval-examples 2 --log-every 1 --max-new-tokens 8"
 MAIN = [sys.executable, str(ROOT / "main.py"), *FLAGS.split()]
 
 
 def said(program: str, **environment: str) -> subprocess.CompletedProcess:
-    code = f"import sys, terminal; terminal.never_fail(); {program}"
+    code = f"import sys; from harness.terminal import never_fail; never_fail(); {program}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
 
@@ -67,7 +67,7 @@ def test_no_file_takes_the_place_of_a_stream_that_the_shell_has_closed(tmp_path)
     """With `>&-` the next file that is opened would be stdout, and get what is printed."""
     path = tmp_path / "log"
     program = f"file = open({str(path)!r}, 'w'); print('lost'); file.write('kept')"
-    code = f"import sys, terminal; terminal.never_fail(); {program}"
+    code = f"import sys; from harness.terminal import never_fail; never_fail(); {program}"
     command = f'exec {sys.executable} -c "$CODE" >&- 2>&-'
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CODE": code}
     assert subprocess.run(["bash", "-c", command], env=environment).returncode == 0

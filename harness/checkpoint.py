@@ -29,8 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from parallel import everyone, is_main, process_count, process_index, total
-from policy import (
+from engine.loading import (
     GIB,
     Loaded,
     ModelError,
@@ -44,6 +43,7 @@ from policy import (
     save_weights,
     trainable,
 )
+from engine.parallel import everyone, is_main, process_count, process_index, total
 
 FAILURES = (OSError, RuntimeError, SafetensorError, ModelError)  # what the savers raise
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")

@@ -11,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-import fastpath
-import sampling
-from fastpath import relative_difference
-from policy import Prompts, use_own_attention
-from sampling import Completions, Sampler, call_layer, completion_texts, make_generator
+from engine import fastpath, sampling
+from engine.fastpath import relative_difference
+from engine.loading import Prompts, use_own_attention
+from engine.sampling import Completions, Sampler, call_layer, completion_texts, make_generator
 
 PAD = 0
 

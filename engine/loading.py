@@ -46,9 +46,9 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from attention import IMPLEMENTATION
-from machine import free_host_memory
-from model_files import (
+from engine.attention import IMPLEMENTATION
+from engine.machine import free_host_memory
+from engine.model_files import (
     CONFIG,
     ModelError,
     check_exists,

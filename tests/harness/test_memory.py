@@ -4,22 +4,28 @@ import copy
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import TINY, config_of, make_prompts
+from conftest import ROOT, TINY, config_of, make_prompts
 from pretended_gpu import FAST_FORMS, PretendedGPU, reserved_bytes
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-import fastpath
-import sampling
-import scoring
-from fastpath import prepare_gpu
+from engine import fastpath, sampling, scoring
+from engine.fastpath import prepare_gpu
+from engine.loading import (
+    GIB,
+    Loaded,
+    Prompts,
+    add_adapter,
+    load,
+    shape_config,
+    trainable,
+    use_own_attention,
+)
 from grpo import Passes
-from main import make_optimizer, make_sampler, take_step, work_of
-from memory import (
+from harness.memory import (
     LORA_RANK,
     Estimate,
     Work,
@@ -32,16 +38,7 @@ from memory import (
     trained_bytes,
     what_would_fit,
 )
-from policy import (
-    GIB,
-    Loaded,
-    Prompts,
-    add_adapter,
-    load,
-    shape_config,
-    trainable,
-    use_own_attention,
-)
+from main import make_optimizer, make_sampler, take_step, work_of
 from shapes import make_example
 
 DEFAULT = Work(
@@ -316,7 +313,7 @@ def test_what_would_fit_is_the_least():
 
 
 def test_the_readme_shows_what_is_foreseen():
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert table(estimate(DEFAULT, free=None)) in readme
     rows = [line.split("|") for line in readme.splitlines() if re.match(r"\| [37]B \|", line)]
     assert len(rows) == 7

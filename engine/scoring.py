@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import IMPLEMENTATION, Packing, lower_right, trust_attention
-from fastpath import matmul_fp32
-from policy import Prompts, embed_prompts, free_memory, send
+from engine.attention import IMPLEMENTATION, Packing, lower_right, trust_attention
+from engine.fastpath import matmul_fp32
+from engine.loading import Prompts, embed_prompts, free_memory, send
 
 CHUNK = 1024  # completion tokens whose logits over the vocabulary are in memory at once
 HEADROOM = 0.08  # of the memory: left free when layers to checkpoint are chosen

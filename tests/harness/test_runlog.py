@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runlog import (
+from harness.runlog import (
     RunError,
     RunLog,
     Stopwatch,

@@ -15,9 +15,9 @@ from conftest import (
 )
 from torch.autograd.graph import saved_tensors_hooks
 
-import scoring
-from policy import Prompts
-from scoring import (
+from engine import scoring
+from engine.loading import Prompts
+from engine.scoring import (
     HEADROOM,
     ChunkedLogprobs,
     activation_bytes,

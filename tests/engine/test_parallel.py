@@ -21,16 +21,16 @@ from conftest import TINY, config_of
 from test_checkpoint import PARTS, fresh, trained, update
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-import checkpoint
 import grpo
 import main
-from checkpoint import CheckpointError, checkpoints_of
-from memory import estimate, held
-from parallel import launched, process_index
-from policy import load
-from runlog import read_lines
+from engine.loading import load
+from engine.parallel import launched, process_index
+from harness import checkpoint
+from harness.checkpoint import CheckpointError, checkpoints_of
+from harness.memory import estimate, held
+from harness.runlog import read_lines
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--preset tiny --device cpu --prompts-per-step 4 --group-size 2 --image-size 84"
 FLAGS += " --max-new-tokens 24 --eval-every 2 --eval-examples 3 --save-every 2"
 TIMED = ("_s", "peak_gib")  # ends of the names of values that are never the same
@@ -147,7 +147,7 @@ def folder(tmp_path_factory) -> Path:
         [*launch, "--standalone", __file__, str(folder)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
     main.main(["--resume", str(folder / "two-one"), "--steps", "4"])

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import machine
-from machine import cgroup_limits, free_host_memory, threads_beside_others
+from engine import machine
+from engine.machine import cgroup_limits, free_host_memory, threads_beside_others
 
 MIB = 2**20
 

@@ -25,12 +25,10 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
-import attention
 import cold_start
 import evaluate
-import fastpath
 import main
-import sampling
+from engine import attention, fastpath, sampling
 
 FLAGS = "--preset tiny --device cuda --steps 1 --prompts-per-step 2 --group-size 2 --image-size 56"
 FLAGS += " --max-new-tokens 20 --eval-every 0 --save-every 0 --sample-every 1000"
