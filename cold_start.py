@@ -38,23 +38,12 @@ from transformers import (
 
 from config import check_number
 from engine.fastpath import prepare_gpu, trust_triton
-from engine.loading import (
-    Loaded,
-    ModelError,
-    Prompts,
-    check_seen_size,
-    check_use,
-    encode,
-    load,
-    not_finite,
-    place,
-    save_policy,
-    shape_config,
-    trained_count,
-    use_own_attention,
-)
+from engine.loading import Loaded, check_use, load, not_finite, save_policy, use_own_attention
+from engine.model_files import ModelError
 from engine.parallel import check_alone
+from engine.prompts import Prompts, check_seen_size, encode
 from engine.scoring import completion_logprobs
+from engine.sizes import place, shape_config, trained_count
 from harness.terminal import never_fail
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from shapes import Shape, ShapeSpec, check_image_size, make_example

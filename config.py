@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from engine.loading import DTYPES
 from engine.model_files import ModelError, check_exists
+from engine.sizes import DTYPES
 from grpo import LOSSES
 from harness.runlog import RunError, read_description
 from rewards import CORRECTNESS, REASONING_TAGS

@@ -20,9 +20,12 @@ from tqdm import tqdm
 
 from config import check_number
 from engine.fastpath import prepare_gpu
-from engine.loading import ModelError, check_use, encode, load, place, stop_ids
+from engine.loading import check_use, load
+from engine.model_files import ModelError
 from engine.parallel import check_alone, process_count, process_index
-from engine.sampling import Sampler, completion_texts, make_generator
+from engine.prompts import encode
+from engine.sampling import Sampler, completion_texts, make_generator, stop_ids
+from engine.sizes import place
 from grpo import is_out_of_memory
 from harness.checkpoint import CheckpointError, checkpoints_of, steps_of
 from harness.runlog import RunError, read_description

@@ -27,9 +27,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from engine.loading import Prompts, see, send, stop_ids
 from engine.parallel import add_gradients, everyone, largest, process_count, total
-from engine.sampling import Sampler, completion_texts
+from engine.prompts import Prompts, see, send
+from engine.sampling import Sampler, completion_texts, stop_ids
 from engine.scoring import completion_logprobs
 
 T = TypeVar("T")

@@ -30,24 +30,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from config import Config, make_config, make_parser
 from engine.fastpath import prepare_gpu, trust_triton
-from engine.loading import (
-    GIB,
-    Loaded,
-    ModelError,
-    Prompts,
-    check_files,
-    check_use,
-    choose_device,
-    encode,
-    first_line,
-    free_memory,
-    load,
-    place,
-    trainable,
-)
+from engine.loading import Loaded, check_files, check_use, load, trainable
 from engine.machine import threads_beside_others
+from engine.model_files import ModelError, first_line
 from engine.parallel import everyone, is_main, join, launched, process_count, process_index
+from engine.prompts import Prompts, encode
 from engine.sampling import Sampler, make_generator
+from engine.sizes import GIB, choose_device, free_memory, place
 from evaluate import evaluate, summarize
 from grpo import (
     Passes,

@@ -49,20 +49,11 @@ from engine.fastpath import (
     relative_difference,
     trust_triton,
 )
-from engine.loading import (
-    GIB,
-    Loaded,
-    Prompts,
-    add_adapter,
-    embed_prompts,
-    see,
-    shape_config,
-    trainable,
-    trained_count,
-    use_own_attention,
-)
+from engine.loading import Loaded, add_adapter, trainable, use_own_attention
+from engine.prompts import Prompts, embed_prompts, see
 from engine.sampling import COMPILED, RECORDED, Completions, Sampler, make_generator
 from engine.scoring import completion_logprobs
+from engine.sizes import GIB, shape_config, trained_count
 from grpo import Passes, Rollout, score_reference, update
 from harness.checkpoint import save_share
 from harness.memory import TEXT_TOKENS

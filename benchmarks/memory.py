@@ -20,8 +20,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.loading import GIB, Prompts, use_own_attention
+from engine.loading import use_own_attention
+from engine.prompts import Prompts
 from engine.scoring import completion_logprobs
+from engine.sizes import GIB
 
 TEXT_TOKENS, LONGEST, MEAN = 129, 250, 150
 

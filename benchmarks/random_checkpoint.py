@@ -17,7 +17,7 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLForCondition
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.loading import HUB_TEXT_CONFIGS, model_config, shape_config  # noqa: E402
+from engine.sizes import HUB_TEXT_CONFIGS, model_config, shape_config  # noqa: E402
 
 TINY = str(ROOT / "tiny")
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -87,6 +87,27 @@ def check_exists(model: str) -> None:
         raise ModelError(f"model {model}: no such folder, and not a hub id like Qwen/NAME")
 
 
+def base_of(model: str) -> str:
+    """Return the folder or hub id that an adapter's folder belongs to; of any other, itself.
+
+    Raises `ModelError`.
+    """
+    path = Path(model) / "adapter_config.json"
+    if not path.is_file():
+        return model
+    base = read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{path}: does not name the model that the adapter belongs to")
+    try:
+        check_exists(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{path}: the adapter belongs to {base}, and there is no such folder; if that model "
+            f"has moved, write its place to base_model_name_or_path in this file"
+        ) from error
+    return base
+
+
 def is_whole(folder: Path) -> bool:
     """Return whether a folder has config, tokenizer, preprocessor and all files of weights."""
 

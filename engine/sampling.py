@@ -23,8 +23,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 
 from engine.attention import trust_attention
 from engine.fastpath import at_least_fp32, is_trusted, matmul_fp32, relative_difference, trusted
-from engine.loading import Prompts, embed_prompts, stop_ids
 from engine.parallel import process_count, process_index
+from engine.prompts import Prompts, embed_prompts
 
 COMPILED = "torch.compile of the decoder layers"
 RECORDED = "a CUDA graph of the decoding step"
@@ -382,3 +382,9 @@ def completion_texts(processor, completions: Completions, stops: list[int]) -> l
         processor.tokenizer.decode([token for token in row[:length] if token not in stops])
         for row, length in zip(ids, completions.lengths, strict=True)
     ]
+
+
+def stop_ids(model) -> list[int]:
+    """Return all token ids that end a completion: Qwen's chat models have two."""
+    ids = model.generation_config.eos_token_id
+    return [ids] if isinstance(ids, int) else list(ids)

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.attention import IMPLEMENTATION, Packing, lower_right, trust_attention
 from engine.fastpath import matmul_fp32
-from engine.loading import Prompts, embed_prompts, free_memory, send
+from engine.prompts import Prompts, embed_prompts, send
+from engine.sizes import free_memory
 
 CHUNK = 1024  # completion tokens whose logits over the vocabulary are in memory at once
 HEADROOM = 0.08  # of the memory: left free when layers to checkpoint are chosen
@@ -98,7 +99,9 @@ def run_packed(
     The first `checkpoint_layers` layers keep their input only and run again in the backward pass.
     """
     if language_model.config._attn_implementation != IMPLEMENTATION:
-        raise RuntimeError("call policy.use_own_attention(model) before scoring with a model")
+        raise RuntimeError(
+            "call engine.loading.use_own_attention(model) before scoring with a model"
+        )
     trust_attention(language_model.config, embeds)
     hidden = embeds[None]
     rope = language_model.rotary_emb(hidden, positions[:, None])

@@ -30,20 +30,18 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from engine.loading import (
-    GIB,
     Loaded,
-    ModelError,
     copy_policy,
     copy_weights,
-    first_line,
     not_finite,
-    optimizer_copies,
     save_merged,
     save_policy,
     save_weights,
     trainable,
 )
+from engine.model_files import ModelError, first_line
 from engine.parallel import everyone, is_main, process_count, process_index, total
+from engine.sizes import GIB, optimizer_copies
 
 FAILURES = (OSError, RuntimeError, SafetensorError, ModelError)  # what the savers raise
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")

@@ -10,15 +10,8 @@ from itertools import combinations
 
 from transformers import Qwen2_5_VLConfig
 
-from engine.loading import (
-    DTYPES,
-    GIB,
-    optimizer_copies,
-    parameter_count,
-    shape_config,
-    trained_count,
-)
 from engine.scoring import HEADROOM, activation_bytes, logprobs_bytes
+from engine.sizes import DTYPES, GIB, optimizer_copies, parameter_count, shape_config, trained_count
 
 TEXT_TOKENS = 129  # of a prompt, with Qwen's vocabulary; 127 of one that asks for <think>
 LIBRARIES = {"cuda": GIB, "cpu": 6 * GIB // 10}  # CUDA context; Python with torch and the others

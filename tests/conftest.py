@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGene
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from config import Config, make_config, make_parser
-from engine.loading import Loaded, Prompts, encode, use_own_attention
+from engine.loading import Loaded, use_own_attention
+from engine.prompts import Prompts, encode
 from engine.sampling import call_layer
 from engine.scoring import completion_logprobs
 from rewards import SYSTEM_MESSAGE, make_prompt

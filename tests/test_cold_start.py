@@ -16,8 +16,8 @@ from cold_start import (
     tiny_tokenizer,
     warmup_cosine,
 )
-from engine import loading as policy
 from engine.loading import load
+from engine.sizes import empty_model, numel
 from rewards import score
 from shapes import ShapeSpec, make_example
 
@@ -84,10 +84,10 @@ def test_the_bundled_model_is_small():
 
 @pytest.mark.parametrize(("size", "parameters"), [("tiny", 2_841_984), ("small", 163_721_728)])
 def test_the_sizes_from_scratch(size, parameters, monkeypatch):
-    monkeypatch.setattr(cold_start, "Qwen2_5_VLForConditionalGeneration", policy.empty_model)
+    monkeypatch.setattr(cold_start, "Qwen2_5_VLForConditionalGeneration", empty_model)
     monkeypatch.setattr(cold_start, "use_own_attention", lambda model: None)
     model = cold_start.new_model(0, size).policy
-    assert policy.numel(model) == parameters
+    assert numel(model) == parameters
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -28,16 +28,9 @@ from test_sampling import both_kinds, make_sampler, stock_generate
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import main
-from engine import loading as policy
-from engine.loading import (
-    Loaded,
-    ModelError,
-    add_adapter,
-    load,
-    shape_config,
-    trainable,
-    trained_count,
-)
+from engine.loading import Loaded, add_adapter, load, trainable
+from engine.model_files import ModelError
+from engine.sizes import ADAPTED, shape_config, trained_count
 from evaluate import main as evaluate
 from grpo import backward, grpo_loss, score_reference, token_weights, update
 from harness.checkpoint import checkpoints_of
@@ -75,7 +68,7 @@ def test_a_new_adapter_changes_nothing(model, prompts, processor):
 def test_adapters_stand_beside_the_language_models_linear_layers_alone(adapted):
     names = [name for name, parameter in adapted.policy.named_parameters() if is_adapter(name)]
     assert all(name.startswith("model.language_model.layers.") for name in names)
-    assert len(names) == 2 * 2 * len(policy.ADAPTED)  # layers, A and B
+    assert len(names) == 2 * 2 * len(ADAPTED)  # layers, A and B
     trained = {name for name, p in adapted.policy.named_parameters() if p.requires_grad}
     assert trained == set(names)
 
@@ -138,7 +131,7 @@ def test_the_reference_is_the_model_without_its_adapter(model, processor, prompt
     with loaded.as_reference() as reference:
         assert torch.equal(scored(reference, prompts, ids, mask), scored(plain, prompts, ids, mask))
     assert not torch.equal(scored(model, prompts, ids, mask), scored(plain, prompts, ids, mask))
-    assert len(trainable(model)) == 2 * 2 * len(policy.ADAPTED)  # still those that are trained
+    assert len(trainable(model)) == 2 * 2 * len(ADAPTED)  # still those that are trained
 
 
 def test_an_update_moves_the_adapter_and_nothing_else(adapted, prompts):

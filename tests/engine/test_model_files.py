@@ -1,4 +1,4 @@
-"""model_files.py, and what policy.py makes of it: published folders, and damage to them."""
+"""model_files.py, and what loading.py makes of it: published folders, and damage to them."""
 
 import hashlib
 import json
@@ -27,10 +27,12 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 import evaluate
 import main
 from cold_start import main as cold_start
-from engine import loading as policy
 from engine import model_files
-from engine.loading import check_files, empty_model, load, shape_config
+from engine.loading import check_files, load
 from engine.model_files import ModelError, parameter_of
+from engine.prompts import encode
+from engine.sampling import stop_ids
+from engine.sizes import empty_model, shape_config
 from harness.memory import TEXT_TOKENS
 from rewards import PROMPT, SYSTEM_MESSAGE
 
@@ -139,7 +141,7 @@ def served_answers(model, folder: Path, count: int) -> list[str]:
         example = evaluate.make_example(
             evaluate.ShapeSpec(), seed=0, split="eval", index=index, image_size=84
         )
-        prompts = policy.encode(
+        prompts = encode(
             processor,
             [example.image],
             system=SYSTEM_MESSAGE,
@@ -183,7 +185,7 @@ def test_all_stop_ids_and_the_padding_are_kept(base):
 def test_without_generation_config_both_stop_tokens_are_known(base, capsys):
     """transformers would take the one of config.json."""
     (base / "generation_config.json").unlink()
-    assert policy.stop_ids(load(str(base), **PLACE).policy) == [2, 0]
+    assert stop_ids(load(str(base), **PLACE).policy) == [2, 0]
     assert "names no eos_token_id; completions end at <|im_end|> or" in capsys.readouterr().out
 
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from engine import fastpath, sampling
 from engine.fastpath import relative_difference
-from engine.loading import Prompts, use_own_attention
+from engine.loading import use_own_attention
+from engine.prompts import Prompts
 from engine.sampling import Completions, Sampler, call_layer, completion_texts, make_generator
 
 PAD = 0

@@ -16,7 +16,7 @@ from conftest import (
 from torch.autograd.graph import saved_tensors_hooks
 
 from engine import scoring
-from engine.loading import Prompts
+from engine.prompts import Prompts
 from engine.scoring import (
     HEADROOM,
     ChunkedLogprobs,

@@ -14,16 +14,9 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from engine import fastpath, sampling, scoring
 from engine.fastpath import prepare_gpu
-from engine.loading import (
-    GIB,
-    Loaded,
-    Prompts,
-    add_adapter,
-    load,
-    shape_config,
-    trainable,
-    use_own_attention,
-)
+from engine.loading import Loaded, add_adapter, load, trainable, use_own_attention
+from engine.prompts import Prompts
+from engine.sizes import GIB, shape_config
 from grpo import Passes
 from harness.memory import (
     LORA_RANK,
