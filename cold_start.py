@@ -38,10 +38,17 @@ from transformers import (
 
 from config import check_number
 from engine.fastpath import prepare_gpu, trust_triton
-from engine.loading import Loaded, check_use, load, not_finite, save_policy, use_own_attention
+from engine.loading import (
+    Loaded,
+    check_use,
+    load,
+    non_finite_parameters,
+    save_policy,
+    use_own_attention,
+)
 from engine.model_files import ModelError
 from engine.parallel import check_alone
-from engine.prompts import Prompts, check_seen_size, encode
+from engine.prompts import Prompts, check_seen_size, encode_prompts
 from engine.scoring import completion_logprobs
 from engine.sizes import place, shape_config, trained_count
 from harness.terminal import never_fail
@@ -232,7 +239,7 @@ def new_model(seed: int, size: str = "tiny") -> Loaded:
 # --- training ---------------------------------------------------------------------------
 
 
-class Lessons(Dataset):
+class ColdStartBatches(Dataset):
     """Each step's plots and answers as model inputs; each step's are made when it is asked for.
 
     Plots are of the "cold_start" split: never an example of training or evaluation.
@@ -256,7 +263,9 @@ class Lessons(Dataset):
             for example in examples
         ]
         images = [example.image for example in examples]
-        prompts = encode(self.processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt(tag))
+        prompts = encode_prompts(
+            self.processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt(tag)
+        )
         return prompts, *encode_answers(self.processor.tokenizer, answers)
 
 
@@ -267,7 +276,7 @@ def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None
     options = {"lr": args.lr, "betas": (0.9, 0.99), "weight_decay": 0.01, "triton": triton}
     optimizer = optimi.AdamW(model.parameters(), **options)
     lessons = DataLoader(
-        Lessons(spec, loaded.processor, args),
+        ColdStartBatches(spec, loaded.processor, args),
         sampler=range(args.steps),
         batch_size=None,  # an item is a step's batch already
         num_workers=args.workers,
@@ -351,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     try:
         supervise(loaded, spec, args)
-        if names := not_finite(loaded.policy):
+        if names := non_finite_parameters(loaded.policy):
             sys.exit(f"{args.out}: not saved: {names[0]} is not finite; a lower --lr usually helps")
         save(loaded, args.out)
     except KeyboardInterrupt:

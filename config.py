@@ -1,4 +1,4 @@
-"""Every knob of a run, declared once, and the command line that is made of them."""
+"""Every option of a run, declared once, and the command line that is made of them."""
 
 import argparse
 import dataclasses
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.model_files import ModelError, check_exists
-from engine.sizes import DTYPES
+from engine.parallel import process_count
+from engine.sizes import DTYPES, choose_device
 from grpo import LOSSES
+from harness.memory import Workload, parameters_of
 from harness.runlog import RunError, read_description
 from rewards import CORRECTNESS, REASONING_TAGS
 from shapes import ShapeSpec, check_image_size
@@ -21,11 +23,11 @@ REPORTS = ("none", "tensorboard", "wandb", "trackio")
 LARGEST = 1_000_000_000  # of a whole number without a limit of its own
 
 
-def knob(default, help: str, *, least=None, above=None, most=None, choices=None, free=False):
+def option(default, help: str, *, least=None, above=None, most=None, choices=None, free=False):
     """Return a dataclass field that also knows its help text and what values it accepts.
 
-    A `free` knob does not change what a run computes: it may be given another value when the run is
-    resumed. (The model may be in another place: by its checksums it must be the same.)
+    A `free` option does not change what a run computes, so a resumed run may change it. (The model
+    may have moved: its checksums must show that it is the same.)
     """
     limits = {"least": least, "above": above, "most": most, "choices": choices}
     return field(default=default, metadata={"help": help, "free": free, **limits})
@@ -36,82 +38,84 @@ class Config:
     """One run. The command line is made from these fields."""
 
     # model
-    model: str = knob("Qwen/Qwen2.5-VL-7B-Instruct", "folder or hub id of a Qwen2.5-VL", free=True)
-    device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = knob("auto", "auto: bfloat16 on cuda", choices=("auto", *DTYPES))
-    checkpoint_layers: str = knob(
+    model: str = option(
+        "Qwen/Qwen2.5-VL-7B-Instruct", "folder or hub id of a Qwen2.5-VL", free=True
+    )
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "auto: bfloat16 on cuda", choices=("auto", *DTYPES))
+    checkpoint_layers: str = option(
         "auto",
         "layers recomputed in the backward pass, a number; auto: as few as memory allows",
         free=True,
     )
-    freeze_vision: bool = knob(False, "train the language model only, not the vision tower")
-    lora_rank: int = knob(
+    freeze_vision: bool = option(False, "train the language model only, not the vision tower")
+    lora_rank: int = option(
         0, "train LoRA adapters of that rank (needs peft); 0: the weights", least=0, most=1024
     )
-    merge: bool = knob(False, "with --lora-rank: final/ is the merged model", free=True)
+    merge: bool = option(False, "with --lora-rank: final/ is the merged model", free=True)
     # task
-    min_size: float = knob(20.0, "smallest dimension, grid units", above=0)
-    max_size: float = knob(35.0, "largest dimension, grid units", above=0)
-    rotate: bool = knob(False, "turn the shapes")
-    max_rotation: float = knob(45.0, "largest turn to either side, degrees", least=0, most=180)
-    image_size: int = knob(224, "side of the picture, pixels, a multiple of 28")
-    reasoning_tag: str = knob("reasoning", "tag asked for and rewarded", choices=REASONING_TAGS)
-    correctness: str = knob(
+    min_size: float = option(20.0, "smallest dimension, grid units", above=0)
+    max_size: float = option(35.0, "largest dimension, grid units", above=0)
+    rotate: bool = option(False, "turn the shapes")
+    max_rotation: float = option(45.0, "largest turn to either side, degrees", least=0, most=180)
+    image_size: int = option(224, "side of the picture, pixels, a multiple of 28")
+    reasoning_tag: str = option("reasoning", "tag asked for and rewarded", choices=REASONING_TAGS)
+    correctness: str = option(
         "linear", "shape of the area reward: see penalty in rewards.py", choices=CORRECTNESS
     )
     # rollout
-    steps: int = knob(750, "rollouts, each followed by an update", least=1, free=True)
-    prompts_per_step: int = knob(4, "plots per step", least=1)
-    group_size: int = knob(8, "completions per plot, compared with each other", least=2)
-    max_new_tokens: int = knob(512, "limit of a completion; longer ones are cut off", least=1)
-    temperature: float = knob(1.0, "of sampling and of scoring", least=0.01, most=100)
+    steps: int = option(750, "rollouts, each followed by an update", least=1, free=True)
+    prompts_per_step: int = option(4, "plots per step", least=1)
+    group_size: int = option(8, "completions per plot, compared with each other", least=2)
+    max_new_tokens: int = option(512, "limit of a completion; longer ones are cut off", least=1)
+    temperature: float = option(1.0, "of sampling and of scoring", least=0.01, most=100)
     # algorithm
-    loss: str = knob(
+    loss: str = option(
         "grpo", "how tokens are averaged: see token_weights in grpo.py", choices=LOSSES
     )
-    beta: float = knob(
+    beta: float = option(
         0.05, "weight of the KL penalty; 0: no reference is loaded", least=0, most=1000
     )
-    clip_eps: float = knob(0.2, "lower clip of the ratio, 1 - eps", above=0, most=1)
-    clip_eps_high: float = knob(0.2, "upper clip of the ratio, 1 + eps", above=0, most=1000)
-    inner_epochs: int = knob(1, "updates per rollout", least=1)
-    sync_reference_every: int = knob(0, "steps between moves of the reference; 0: never", least=0)
-    reference_mix: float = knob(0.6, "policy's share in such a move", above=0, most=1)
+    clip_eps: float = option(0.2, "lower clip of the ratio, 1 - eps", above=0, most=1)
+    clip_eps_high: float = option(0.2, "upper clip of the ratio, 1 + eps", above=0, most=1000)
+    inner_epochs: int = option(1, "updates per rollout", least=1)
+    sync_reference_every: int = option(0, "steps between moves of the reference; 0: never", least=0)
+    reference_mix: float = option(0.6, "policy's share in such a move", above=0, most=1)
     # optimizer
-    lr: float = knob(2e-6, "learning rate after the warm-up", above=0, most=1)
-    warmup_steps: int = knob(20, "steps of linear warm-up", least=0)
-    adam_beta1: float = knob(0.9, "decay of AdamW's first moment", least=0, most=0.9999)
-    adam_beta2: float = knob(0.99, "decay of AdamW's second moment", least=0, most=0.9999)
-    weight_decay: float = knob(
+    lr: float = option(2e-6, "learning rate after the warm-up", above=0, most=1)
+    warmup_steps: int = option(20, "steps of linear warm-up", least=0)
+    adam_beta1: float = option(0.9, "decay of AdamW's first moment", least=0, most=0.9999)
+    adam_beta2: float = option(0.99, "decay of AdamW's second moment", least=0, most=0.9999)
+    weight_decay: float = option(
         0.0, "of AdamW; on bf16 weights lr * decay below 0.002 rounds to 0", least=0, most=1
     )
-    max_grad_norm: float = knob(
+    max_grad_norm: float = option(
         1.0, "gradients are scaled down to this norm", above=0, most=LARGEST
     )
-    micro_batch: int = knob(
+    micro_batch: int = option(
         4, "prompts per backward pass; memory only, same gradient", least=1, free=True
     )
     # run
-    seed: int = knob(0, "of examples and samples", least=0)
-    workers: int = knob(
+    seed: int = option(0, "of examples and samples", least=0)
+    workers: int = option(
         1, "processes that draw and encode plots ahead; 0: none", least=0, most=256, free=True
     )
-    name: str = knob("", "run folder in --runs; empty: named after the preset or model")
-    runs: str = knob("runs", "folder of all run folders")
-    save_every: int = knob(
+    name: str = option("", "run folder in --runs; empty: named after the preset or model")
+    runs: str = option("runs", "folder of all run folders")
+    save_every: int = option(
         100, "steps between checkpoints; 0: only when the run is stopped", least=0, free=True
     )
-    keep: int = knob(1, "checkpoints kept, the newest", least=1, free=True)
-    save_optimizer: bool = knob(
+    keep: int = option(1, "checkpoints kept, the newest", least=1, free=True)
+    save_optimizer: bool = option(
         True, "in checkpoints: resuming needs it; without, they take a quarter", free=True
     )
-    report_to: str = knob(
+    report_to: str = option(
         "none", "also show the metrics there (needs that package)", choices=REPORTS, free=True
     )
-    log_every: int = knob(10, "steps between two lines on the terminal", least=1, free=True)
-    sample_every: int = knob(10, "steps between two entries of samples.jsonl", least=1)
-    eval_every: int = knob(50, "steps between held-out evaluations; 0: none", least=0)
-    eval_examples: int = knob(64, "held-out examples of an evaluation", least=1)
+    log_every: int = option(10, "steps between two lines on the terminal", least=1, free=True)
+    sample_every: int = option(10, "steps between two entries of samples.jsonl", least=1)
+    eval_every: int = option(50, "steps between held-out evaluations; 0: none", least=0)
+    eval_examples: int = option(64, "held-out examples of an evaluation", least=1)
 
     @property
     def spec(self) -> ShapeSpec:
@@ -119,10 +123,47 @@ class Config:
         rotation = self.max_rotation if self.rotate else 0.0
         return ShapeSpec(self.min_size, self.max_size, rotation)
 
+    def pick(self, *names: str) -> dict:
+        """Return some options as keyword arguments."""
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def checkpoint_parts(self) -> dict:
+        """What a checkpoint holds beside the policy: a reference that never moves is `model`."""
+        return {
+            "with_optimizer": self.save_optimizer,
+            "with_reference": self.sync_reference_every > 0,
+        }
+
+    @property
+    def disk_options(self) -> dict:
+        """What determines the disk space of a run."""
+        return self.pick("steps", "save_every", "keep", "merge") | self.checkpoint_parts
+
     @property
     def layers_to_checkpoint(self) -> int | None:
         """`checkpoint_layers` as a number; None: as few as memory allows."""
         return None if self.checkpoint_layers == "auto" else int(self.checkpoint_layers)
+
+
+def workload_of(config: Config) -> Workload:
+    """Return what determines a run's memory; "auto" is a GPU unless the model is small."""
+    count = parameters_of(config.model)
+    device, dtype = choose_device(count, device=config.device, dtype=config.dtype)
+    sizes = ("model", "prompts_per_step", "group_size", "max_new_tokens", "image_size")
+    return Workload(
+        **config.pick(*sizes, "micro_batch", "layers_to_checkpoint", "lora_rank", "freeze_vision"),
+        processes=process_count(),
+        device=device,
+        dtype=dtype,
+        reference=config.beta > 0,
+    )
+
+
+def saved_form(config: Config) -> dict:
+    """Return the options as config.json keeps them: a folder by its absolute path."""
+    model = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
+    return dataclasses.asdict(config) | {"model": model}
 
 
 PRESETS = {
@@ -176,29 +217,29 @@ def make_parser(description: str = "") -> argparse.ArgumentParser:
         action="store_true",
         help="check flags and the model's files, show what the run takes, and stop",
     )
-    for knob_field in dataclasses.fields(Config):
-        options = {"help": f"{knob_field.metadata['help']} ({default_text(knob_field)})"}
-        if knob_field.type is bool:
+    for option_field in dataclasses.fields(Config):
+        options = {"help": f"{option_field.metadata['help']} ({default_text(option_field)})"}
+        if option_field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = knob_field.type
-            options["choices"] = knob_field.metadata["choices"]
+            options["type"] = option_field.type
+            options["choices"] = option_field.metadata["choices"]
             if not options["choices"]:
-                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[knob_field.type]
-        parser.add_argument(flag_of(knob_field.name), **options)
+                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[option_field.type]
+        parser.add_argument(flag_of(option_field.name), **options)
     return parser
 
 
-def default_text(knob_field: dataclasses.Field) -> str:
-    """Return a knob's default for its help text, and the preset's where it differs."""
-    text = f"default: {knob_field.default}"
-    if knob_field.name != "model" and knob_field.name in PRESETS["tiny"]:
-        text += f"; tiny: {PRESETS['tiny'][knob_field.name]}"
+def default_text(option_field: dataclasses.Field) -> str:
+    """Return a option's default for its help text, and the preset's where it differs."""
+    text = f"default: {option_field.default}"
+    if option_field.name != "model" and option_field.name in PRESETS["tiny"]:
+        text += f"; tiny: {PRESETS['tiny'][option_field.name]}"
     return text.replace("%", "%%")
 
 
 def make_config(arguments: argparse.Namespace) -> Config:
-    """Return the run's knobs: defaults, under the preset's values, under the flags that were given.
+    """Return the run's options: the flags given, else the preset's values, else the defaults.
 
     With --resume, the run's own take the place of defaults and preset. Raises `ValueError`, in one
     line, for a value that is not accepted.
@@ -216,10 +257,12 @@ def make_config(arguments: argparse.Namespace) -> Config:
     check_same_run(saved, given)
     config = dataclasses.replace(saved, **given)
     check(config, {})
-    return config if "model" in given else dataclasses.replace(config, model=place_now(run, config))
+    return (
+        config if "model" in given else dataclasses.replace(config, model=locate_model(run, config))
+    )
 
 
-def place_now(run: Path, config: Config) -> str:
+def locate_model(run: Path, config: Config) -> str:
     """Return where a run's model is: it may have moved along with the run, as a checkout does.
 
     Raises `ValueError` if it is not to be found.
@@ -240,7 +283,7 @@ def place_now(run: Path, config: Config) -> str:
 
 
 def saved_config(run: Path) -> Config:
-    """Return the knobs in a run's config.json. Raises `ValueError` if there are none to go on."""
+    """Return the options in a run's config.json. Raises `ValueError` if there are none to go on."""
     if (run / "state.json").is_file():
         raise ValueError(f"--resume {run}: is a part of a run; give the run's folder")
     if not (run / "config.json").is_file():
@@ -249,10 +292,12 @@ def saved_config(run: Path) -> Config:
         raise ValueError(f"--resume {run}: cannot be written to")
     try:
         values = read_description(run)["config"]
-        types = {knob_field.name: knob_field.type for knob_field in dataclasses.fields(Config)}
+        types = {
+            option_field.name: option_field.type for option_field in dataclasses.fields(Config)
+        }
         for name, value in values.items():
             if name not in types:
-                raise ValueError(f"{name} is not a knob of this version")
+                raise ValueError(f"{name} is not a option of this version")
             if type(value) is not types[name] and (types[name], type(value)) != (float, int):
                 raise ValueError(f"{name} must be of type {types[name].__name__}, not {value!r}")
         config = Config(**values)
@@ -266,8 +311,8 @@ def saved_config(run: Path) -> Config:
 
 def check_same_run(saved: Config, given: dict) -> None:
     """Raise `ValueError` for a flag that would make a resumed run another one."""
-    knobs = dataclasses.fields(Config)
-    free = [knob_field.name for knob_field in knobs if knob_field.metadata["free"]]
+    options = dataclasses.fields(Config)
+    free = [option_field.name for option_field in options if option_field.metadata["free"]]
     for name, value in given.items():
         was = getattr(saved, name)
         if name not in free and value != was:
@@ -280,8 +325,8 @@ def check_same_run(saved: Config, given: dict) -> None:
 
 def check(config: Config, given: dict) -> None:
     """Raise `ValueError` for values out of range, or that do not go together with those `given`."""
-    for knob_field in dataclasses.fields(Config):
-        check_limits(knob_field, getattr(config, knob_field.name))
+    for option_field in dataclasses.fields(Config):
+        check_limits(option_field, getattr(config, option_field.name))
     if not re.fullmatch(r"auto|[0-9]{1,6}", config.checkpoint_layers):
         raise ValueError(
             f"--checkpoint-layers {config.checkpoint_layers}: must be a number of layers or auto"
@@ -324,17 +369,17 @@ def is_installed(package: str) -> bool:
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a knob."""
+    """Return the flag of a option."""
     return "--" + name.replace("_", "-")
 
 
-def check_limits(knob_field: dataclasses.Field, value) -> None:
+def check_limits(option_field: dataclasses.Field, value) -> None:
     """Raise `ValueError`, naming flag, value and what is accepted, for a value out of range."""
-    flag, choices = flag_of(knob_field.name), knob_field.metadata["choices"]
+    flag, choices = flag_of(option_field.name), option_field.metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{flag} {value}: must be one of {', '.join(choices)}")
     if isinstance(value, int | float):
-        limits = {name: knob_field.metadata[name] for name in ("least", "above", "most")}
+        limits = {name: option_field.metadata[name] for name in ("least", "above", "most")}
         check_number(flag, value, **limits)
 
 

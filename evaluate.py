@@ -19,14 +19,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import check_number
+from engine.batching import is_out_of_memory
 from engine.fastpath import prepare_gpu
 from engine.loading import check_use, load
 from engine.model_files import ModelError
 from engine.parallel import check_alone, process_count, process_index
-from engine.prompts import encode
+from engine.prompts import encode_prompts
 from engine.sampling import Sampler, completion_texts, make_generator, stop_ids
 from engine.sizes import place
-from grpo import is_out_of_memory
 from harness.checkpoint import CheckpointError, checkpoints_of, steps_of
 from harness.runlog import RunError, read_description
 from harness.terminal import check_folder, never_fail, write_file
@@ -84,7 +84,9 @@ def evaluate(
         ]
         images = [example.image for example in batch]
         completions = sampler.generate(
-            encode(processor, images, system=SYSTEM_MESSAGE, prompt=prompt).to(model.device),
+            encode_prompts(processor, images, system=SYSTEM_MESSAGE, prompt=prompt).to(
+                model.device
+            ),
             group_size=1,
             temperature=temperature,
             generator=make_generator(model.device, seed, start),
@@ -147,7 +149,7 @@ def groups_of(answers: list[Answer]) -> dict[str, list[Answer]]:
     return {name: group for name, group in groups.items() if group}
 
 
-def table(summaries: dict[str, dict[str, float]]) -> str:
+def summary_table(summaries: dict[str, dict[str, float]]) -> str:
     """Return the summaries as aligned lines: rewards and errors, then shares in percent."""
     lines = [
         f"{'':9}{'n':>5}"
@@ -169,7 +171,7 @@ def table(summaries: dict[str, dict[str, float]]) -> str:
 # --- picture ----------------------------------------------------------------------------
 
 
-def draw(answers: list[Answer], path: Path, *, title: str) -> None:
+def plot_answers(answers: list[Answer], path: Path, *, title: str) -> None:
     """Write a picture: predicted against true area, one colour per class."""
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -281,7 +283,7 @@ def find_target(target: str) -> Target:
     return Target(str(newest), run, steps_of(newest))
 
 
-def settle(args: argparse.Namespace, run: Path | None) -> None:
+def fill_in(args: argparse.Namespace, run: Path | None) -> None:
     """Fill in the flags that were left out, in place, from a run or else the defaults.
 
     Raises `ValueError` for values out of range; `RunError` for a damaged config.json.
@@ -312,7 +314,7 @@ def settle(args: argparse.Namespace, run: Path | None) -> None:
 
 
 def run_settings(folder: Path) -> dict:
-    """Return the knobs of `DEFAULTS` that a run was started with. Raises `ValueError`."""
+    """Return the options of `DEFAULTS` that a run was started with. Raises `ValueError`."""
     config = read_description(folder)["config"]
     settings = {name: config[name] for name in DEFAULTS if name in config}
     for name, value in settings.items():
@@ -321,7 +323,7 @@ def run_settings(folder: Path) -> dict:
     return settings
 
 
-def collect(answers: Iterator[Answer], count: int) -> tuple[list[Answer], str | None]:
+def collect_answers(answers: Iterator[Answer], count: int) -> tuple[list[Answer], str | None]:
     """Return the answers, and what has cut them short: those that are there are not lost."""
     done = []
     try:
@@ -338,7 +340,7 @@ def collect(answers: Iterator[Answer], count: int) -> tuple[list[Answer], str | 
     return done, None
 
 
-def report(
+def write_results(
     answers: list[Answer], spec: ShapeSpec, target: Target, args: argparse.Namespace
 ) -> bool:
     """Write all numbers if asked, print some answers and the table, draw the picture.
@@ -346,7 +348,7 @@ def report(
     Each fails alone; return whether all files are written.
     """
     summaries = {name: summarize(group) for name, group in groups_of(answers).items()}
-    writers = {args.plot: partial(draw, answers, title=args.target)}
+    writers = {args.plot: partial(plot_answers, answers, title=args.target)}
     if args.json:
         numbers = {
             **dataclasses.asdict(target),
@@ -359,7 +361,7 @@ def report(
         print(f"{answer.shape.kind}, area {answer.shape.area:.2f}: {answer.text!r}")
     print(target)
     print(f"{spec}, {args.correctness} area reward, relative errors are capped at 1")
-    print(table(summaries))
+    print(summary_table(summaries))
     written = [path for path, write in writers.items() if write_file(path, write)]
     for path in written:
         print(f"written: {path}")
@@ -380,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check_alone()
         target = find_target(args.target)
-        settle(args, target.run)
+        fill_in(args, target.run)
         rotation = args.max_rotation if args.rotate else 0.0
         spec = ShapeSpec(args.min_size, args.max_size, rotation)
         check_use(target.weights, image_size=args.image_size)
@@ -391,7 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    answers, cut_short = collect(
+    answers, cut_short = collect_answers(
         evaluate(
             Sampler(
                 loaded.policy,
@@ -412,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if cut_short:
         print(f"{cut_short} after {len(answers)} of {args.examples} answers", file=sys.stderr)
-    is_whole = report(answers, spec, target, args) if answers else True
+    is_whole = write_results(answers, spec, target, args) if answers else True
     if cut_short or not is_whole:
         sys.exit(130 if cut_short == "stopped" else 2)
 

@@ -18,24 +18,26 @@ References:
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from engine.parallel import add_gradients, everyone, largest, process_count, total
-from engine.prompts import Prompts, see, send
+from engine.batching import PassSize, within_memory
+from engine.parallel import (
+    all_reduce_gradients,
+    all_reduce_max,
+    all_reduce_sum,
+    gather,
+    process_count,
+)
+from engine.prompts import Prompts, encode_images, send
 from engine.sampling import Sampler, completion_texts, stop_ids
 from engine.scoring import completion_logprobs
 
-T = TypeVar("T")
 LOSSES = ("grpo", "dapo", "dr_grpo")
 STD_EPS = 1e-4  # added to the group's standard deviation
-ALL_LAYERS = 1_000_000  # to checkpoint: more than a model has
 MAX_LOG_RATIO = 20.0  # bound on a log-ratio before exp: e^20 is finite in fp32 and means "far off"
 
 
@@ -97,7 +99,9 @@ def collect_rollout(
     `reward_fn(text, q)` judges one completion of prompt q; its result's `total` is the reward. The
     images are seen here, for all passes of the policy until it is updated.
     """
-    prompts = see(sampler.model, prompts)  # with its graph: the update goes back through it
+    prompts = encode_images(
+        sampler.model, prompts
+    )  # with its graph: the update goes back through it
     completions = sampler.generate(
         prompts, group_size=group_size, temperature=temperature, generator=generator
     )
@@ -119,28 +123,32 @@ def collect_rollout(
 
 
 @torch.no_grad()
-def score_reference(
-    reference, rollout: Rollout, *, passes: "Passes", temperature: float
+def add_reference_logprobs(
+    reference, rollout: Rollout, *, pass_size: PassSize, temperature: float
 ) -> Rollout:
     """Return the rollout with the log-probs of its tokens under the frozen reference."""
-    visual = rollout.prompts.visual
-    frozen = visual is not None and not visual.requires_grad  # then both have the same vision tower
-    to_score = rollout if frozen else replace(rollout, prompts=rollout.prompts.unseen())
+    features = rollout.prompts.image_features
+    frozen = (
+        features is not None and not features.requires_grad
+    )  # then both have the same vision tower
+    to_score = (
+        rollout if frozen else replace(rollout, prompts=rollout.prompts.without_image_features())
+    )
     ref_logprobs = within_memory(
-        reference_logprobs, reference, to_score, passes=passes, temperature=temperature
+        reference_logprobs, reference, to_score, pass_size=pass_size, temperature=temperature
     )
     return replace(rollout, ref_logprobs=ref_logprobs)
 
 
 def reference_logprobs(
-    reference, rollout: Rollout, *, passes: "Passes", temperature: float
+    reference, rollout: Rollout, *, pass_size: PassSize, temperature: float
 ) -> Tensor:
     """Return the log-probs (B, C) of a rollout's tokens."""
     scored = [
         completion_logprobs(
             reference, part.prompts, part.completion_ids, part.lengths, temperature=temperature
         )[0]
-        for part in rollout.micro_batches(passes.micro_batch)
+        for part in rollout.micro_batches(pass_size.micro_batch)
     ]
     return torch.cat(scored)
 
@@ -187,7 +195,7 @@ def token_weights(completion_mask: Tensor, *, loss: str, max_new_tokens: int) ->
     if loss == "grpo":
         return mask / (rows * mask.sum(1, keepdim=True))
     if loss == "dapo":
-        return mask / total(mask.sum())
+        return mask / all_reduce_sum(mask.sum())
     if loss == "dr_grpo":
         return mask / (rows * max_new_tokens)
     raise ValueError(f"loss {loss!r}: must be one of {', '.join(LOSSES)}")
@@ -250,54 +258,12 @@ def grpo_loss(
 # --- update -----------------------------------------------------------------------------
 
 
-@dataclass
-class Passes:
-    """How a step is cut into passes of the model: for memory alone, the gradient stays the same."""
-
-    micro_batch: int  # prompts
-    checkpoint_layers: int | None = None  # None: as few as memory allows
-    shrunk: bool = False  # whether memory has run out before
-
-    def shrink(self) -> None:
-        """Ask for less memory from now on: half the prompts, every layer checkpointed."""
-        self.micro_batch = max(1, self.micro_batch // 2)
-        self.checkpoint_layers, self.shrunk = ALL_LAYERS, True
-        warnings.warn(
-            f"out of memory: done again, and from here on, with --micro-batch {self.micro_batch} "
-            f"and every layer checkpointed",
-            stacklevel=3,
-        )
-
-
-def within_memory(work: Callable[..., T], *arguments, passes: Passes, **options) -> T:
-    """Return what `work` returns; if memory runs out, and has not before, in smaller passes.
-
-    The second attempt starts afresh: `work` may not have changed anything that it would change
-    again.
-    """
-    try:
-        return work(*arguments, passes=passes, **options)
-    except RuntimeError as error:
-        if passes.shrunk or not is_out_of_memory(error):
-            raise
-    passes.shrink()  # not in the handler: as long as it runs, its error keeps the failed pass alive
-    with suppress(RuntimeError):  # it helps, no more
-        torch.cuda.empty_cache()
-    return work(*arguments, passes=passes, **options)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a GPU's memory has run out, in torch or in a library's workspace."""
-    told = any(words in str(error) for words in ("out of memory", "_ALLOC_FAILED"))
-    return isinstance(error, torch.OutOfMemoryError) or told
-
-
 def update(
     policy,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     *,
-    passes: Passes,
+    pass_size: PassSize,
     loss: str,
     inner_epochs: int,
     temperature: float,
@@ -321,35 +287,37 @@ def update(
             policy,
             rollout,
             weights,
-            passes=passes,
+            pass_size=pass_size,
             temperature=temperature,
             beta=beta,
             clip_eps=clip_eps,
             clip_eps_high=clip_eps_high,
         )
-        add_gradients(policy.parameters())
+        all_reduce_gradients(policy.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-        if wrong := what_is_not_finite(rollout, loss=stats["loss"], gradient=grad_norm):
+        if wrong := non_finite_names(rollout, loss=stats["loss"], gradient=grad_norm):
             skipped, not_finite = skipped + 1, wrong
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         first_stats = first_stats or stats
         if rollout.old_logprobs is None:
-            rollout = replace(rollout, old_logprobs=logprobs, prompts=rollout.prompts.unseen())
+            rollout = replace(
+                rollout, old_logprobs=logprobs, prompts=rollout.prompts.without_image_features()
+            )
     gap = {name: value for name, value in first_stats.items() if name.startswith("sampler_gap")}
-    numbers = {name: float(value) for name, value in {**stats, **gap}.items()}  # host sync
-    numbers["grad_norm"] = float(grad_norm)  # host sync
+    stats |= {**gap, "grad_norm": grad_norm}
+    numbers = {name: float(value) for name, value in stats.items()}  # host sync
     return {**numbers, "skipped": skipped, "not_finite": not_finite}
 
 
-def what_is_not_finite(rollout: Rollout, **numbers: Tensor) -> str:
+def non_finite_names(rollout: Rollout, **numbers: Tensor) -> str:
     """Return the names of what is nan or infinite, "" if all is well: rewards, and `numbers`.
 
     Rewards are looked at themselves: a group with a nan among them would get advantages of 0.
     """
     rewards_are_finite = all(math.isfinite(reward.total) for reward in rollout.rewards)
-    wrong = [] if all(everyone([rewards_are_finite])) else ["reward"]
+    wrong = [] if all(gather([rewards_are_finite])) else ["reward"]
     wrong += [name for name, number in numbers.items() if not number.isfinite()]  # host sync
     return ", ".join(wrong)
 
@@ -359,7 +327,7 @@ def backward(
     rollout: Rollout,
     weights: Tensor,
     *,
-    passes: Passes,
+    pass_size: PassSize,
     temperature: float,
     **loss_options,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -368,10 +336,10 @@ def backward(
     What was seen is a leaf for all parts; its gradient goes through the vision tower once.
     """
     policy.zero_grad(set_to_none=True)
-    seen = see(policy, rollout.prompts).visual
-    visual = seen.detach().requires_grad_(seen.requires_grad)
-    rollout = replace(rollout, prompts=replace(rollout.prompts, visual=visual))
-    parts = list(rollout.micro_batches(passes.micro_batch))
+    features = encode_images(policy, rollout.prompts).image_features
+    leaf = features.detach().requires_grad_(features.requires_grad)
+    rollout = replace(rollout, prompts=replace(rollout.prompts, image_features=leaf))
+    parts = list(rollout.micro_batches(pass_size.micro_batch))
     all_logprobs, all_stats = [], []
     for part, part_weights in zip(parts, weights.split([len(p.texts) for p in parts]), strict=True):
         logprobs, entropy = completion_logprobs(
@@ -380,24 +348,24 @@ def backward(
             part.completion_ids,
             part.lengths,
             temperature=temperature,
-            checkpoint_layers=passes.checkpoint_layers,
+            checkpoint_layers=pass_size.checkpoint_layers,
         )
         loss, stats = grpo_loss(logprobs, part, part_weights, **loss_options)
         loss.backward()
         all_logprobs.append(logprobs.detach())
         all_stats.append({"loss": loss.detach(), "entropy": entropy.sum(), **stats})
-    if visual.requires_grad:
-        seen.backward(visual.grad, retain_graph=True)  # if memory runs out, all is done again
+    if leaf.requires_grad:
+        features.backward(leaf.grad, retain_graph=True)  # if memory runs out, all is done again
     return torch.cat(all_logprobs), combine(all_stats, tokens=rollout.completion_mask.sum())
 
 
 def combine(parts: list[dict[str, Tensor]], *, tokens: Tensor) -> dict[str, Tensor]:
     """Return a step's statistics from those of its micro-batches, in all processes: token means."""
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    sums = {name: total(column.sum()) for name, column in columns.items()}
-    whole = {name: value / total(tokens) for name, value in sums.items()}
+    sums = {name: all_reduce_sum(column.sum()) for name, column in columns.items()}
+    whole = {name: value / all_reduce_sum(tokens) for name, value in sums.items()}
     whole["loss"] = sums["loss"]  # the token weights have divided it already
-    whole["sampler_gap_max"] = largest(columns["sampler_gap_max"].max())
+    whole["sampler_gap_max"] = all_reduce_max(columns["sampler_gap_max"].max())
     return whole
 
 

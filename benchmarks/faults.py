@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import main as trainer  # noqa: E402
 from harness.checkpoint import checkpoints_of  # noqa: E402
-from harness.runlog import finite, read_lines  # noqa: E402
+from harness.runlog import read_lines, replace_non_finite  # noqa: E402
 from rewards import score  # noqa: E402
 
 STEPS, SAVE_EVERY = 12, 2
@@ -53,7 +53,7 @@ def start(runs: Path, name: str, *flags: str, file_limit: int | None = None) -> 
     is_there = (runs / name / "config.json").exists()
     beginning = [*RUN.split(), "--runs", str(runs), "--name", name, *flags]
     arguments = ["--resume", str(runs / name)] if is_there else beginning
-    # a run killed before it could note its knobs has left nothing to go on with
+    # a run killed before it could note its options has left nothing to go on with
     if not is_there:
         shutil.rmtree(runs / name, ignore_errors=True)
 
@@ -317,7 +317,9 @@ def judge(completion: str) -> float:
     """Return the seconds to judge a completion and log it; check what is true of every one."""
     begin = time.perf_counter()
     reward = score(completion, 400.0)
-    line = json.dumps(finite({"text": completion, "total": reward.total}), allow_nan=False)
+    line = json.dumps(
+        replace_non_finite({"text": completion, "total": reward.total}), allow_nan=False
+    )
     seconds = time.perf_counter() - begin
     assert -3.0 <= reward.area_correctness <= 3.0
     assert reward.area_format in (0.0, 0.5)

@@ -42,6 +42,7 @@ from engine.attention import (
     one_token_attention,
     suffix_attention,
 )
+from engine.batching import PassSize
 from engine.fastpath import (
     check_matmul,
     matmul_fp32,
@@ -50,14 +51,14 @@ from engine.fastpath import (
     trust_triton,
 )
 from engine.loading import Loaded, add_adapter, trainable, use_own_attention
-from engine.prompts import Prompts, embed_prompts, see
-from engine.sampling import COMPILED, RECORDED, Completions, Sampler, make_generator
+from engine.prompts import Prompts, embed_prompts, encode_images
+from engine.sampling import CAPTURED, COMPILED, Completions, Sampler, make_generator
 from engine.scoring import completion_logprobs
 from engine.sizes import GIB, shape_config, trained_count
-from grpo import Passes, Rollout, score_reference, update
-from harness.checkpoint import save_share
+from grpo import Rollout, add_reference_logprobs, update
+from harness.checkpoint import save_shard
 from harness.memory import TEXT_TOKENS
-from harness.runlog import Stopwatch
+from harness.metrics import Stopwatch
 
 TOKEN = "ms a token"  # a decoding step of all rows
 ROLLOUT = "images, prompts, decoding"
@@ -346,12 +347,12 @@ def check_decoding(bench: Bench) -> None:
     heading("3. decoding step, all rows", "first call, s", TOKEN, "floor, ms")
     forms = {"plain": (False, False), "recorded": (False, True), "compiled, recorded": (True, True)}
     for name, (compiled, recorded) in forms.items():
-        fastpath.VERDICTS.pop(RECORDED, None)
+        fastpath.VERDICTS.pop(CAPTURED, None)
         fastpath.VERDICTS.pop(COMPILED, None)
         if not compiled:
             fastpath.VERDICTS[COMPILED] = False
         if not recorded:
-            fastpath.VERDICTS[RECORDED] = False
+            fastpath.VERDICTS[CAPTURED] = False
         sampler = Sampler(bench.model, max_new_tokens=shape.limit, pad_id=0)
         start = time.perf_counter()
         sampler.generate(bench.prompts, group_size=shape.group_size, temperature=1.0)
@@ -359,7 +360,7 @@ def check_decoding(bench: Bench) -> None:
         first_call = time.perf_counter() - start
 
         def steps(sampler: Sampler = sampler) -> None:
-            sampler.drawn.fill_(1)
+            sampler.sampled.fill_(1)
             sampler.next_slot.fill_(shape.prompt_length)
             with torch.no_grad():
                 for _ in range(shape.limit // 2):
@@ -469,20 +470,22 @@ def whole_step(bench: Bench) -> None:
         loaded = replace(loaded, reference=copy.deepcopy(policy).requires_grad_(False))
     optimizer = TimedOptimizer(policy, bench)
     sampler = Sampler(policy, max_new_tokens=shape.longest, pad_id=0)
-    all_phases, passes = [], Passes(micro_batch=4)
+    all_phases, pass_size = [], PassSize(micro_batch=4)
     for number in range(5):
         if number == 2:
             bench.peak_gib()  # the first steps also compile, record and check
         watch = Stopwatch(bench.synchronize)
-        prompts = see(policy, bench.prompts)
+        prompts = encode_images(policy, bench.prompts)
         completions = draw(bench, sampler, number, prompts)
         watch.lap(ROLLOUT)
         rollout = make_rollout(bench, prompts, completions)
         with loaded.as_reference() as reference:
-            rollout = score_reference(reference, rollout, passes=passes, temperature=1.0)
+            rollout = add_reference_logprobs(
+                reference, rollout, pass_size=pass_size, temperature=1.0
+            )
         watch.lap(REFERENCE)
         stats = update(
-            policy, optimizer, rollout, loss="grpo", inner_epochs=1, passes=passes,
+            policy, optimizer, rollout, loss="grpo", inner_epochs=1, pass_size=pass_size,
             temperature=1.0, beta=0.05, clip_eps=0.2, clip_eps_high=0.2,
             max_grad_norm=1.0, max_new_tokens=shape.limit,
         )  # fmt: skip
@@ -536,7 +539,7 @@ def saving_seconds(mib: int) -> float:
     optimizer.state[optimizer.param_groups[0]["params"][0]] = dict(enumerate(state))
     with tempfile.TemporaryDirectory(dir=".") as folder:
         start = time.perf_counter()
-        save_share(optimizer, Path(folder))
+        save_shard(optimizer, Path(folder))
         return (time.perf_counter() - start) * 1024 / mib
 
 

@@ -124,7 +124,7 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
         times = [now(task)]
         indices = range(step * task.prompts, (step + 1) * task.prompts)
         examples = [draw(task, index) for index in indices]
-        prompts = encode(processor, examples, task.group_size)
+        prompts = encode_prompts(processor, examples, task.group_size)
         prompts = {name: value.to(task.device) for name, value in prompts.items()}
         times.append(now(task))
 
@@ -173,7 +173,7 @@ def chat(prompt: str) -> list[dict]:
     return [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": question}]
 
 
-def encode(processor, examples: list[Example], group_size: int) -> dict[str, Tensor]:
+def encode_prompts(processor, examples: list[Example], group_size: int) -> dict[str, Tensor]:
     """Return model inputs of all rows: every prompt and its image, repeated for its group."""
     messages = chat(make_prompt())
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main as trainer  # noqa: E402
+from engine.batching import PassSize  # noqa: E402
 from engine.fastpath import prepare_gpu  # noqa: E402
 from engine.loading import load  # noqa: E402
-from grpo import Passes  # noqa: E402
 
 TRAINERS = {
     "own": "this trainer",
@@ -63,10 +63,10 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
     optimizer = trainer.make_optimizer(config, loaded.policy)
     sampler = trainer.make_sampler(config, loaded)
     batches = iter(trainer.make_batches(config, loaded.processor))
-    passes = Passes(config.micro_batch, config.layers_to_checkpoint)
+    pass_size = PassSize(config.micro_batch, config.layers_to_checkpoint)
     for step in range(steps):
         _, rollout, metrics = trainer.take_step(
-            config, step, batches, sampler, loaded, optimizer, passes
+            config, step, batches, sampler, loaded, optimizer, pass_size
         )
         yield {
             "step_s": metrics["step_s"],

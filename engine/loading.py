@@ -41,7 +41,7 @@ from engine.model_files import (
     kept_files,
     read_json,
 )
-from engine.prompts import IMAGE_TYPE, check_seen_size, encode, image_processor_of
+from engine.prompts import IMAGE_TYPE, check_seen_size, encode_prompts, image_processor_of
 from engine.sizes import ADAPTED, DTYPES, empty_model, model_config, shape_config
 
 STOPS = ("<|im_end|>", "<|endoftext|>")  # end a completion of any Qwen chat model
@@ -95,7 +95,7 @@ def load(
     folder = folder_of(base_of(model))
     processor = load_processor(folder, model_config(model))
     policy = load_weights(model, DTYPES[dtype])
-    policy.generation_config = decoding(folder, processor.tokenizer)
+    policy.generation_config = generation_config_of(folder, processor.tokenizer)
     use_own_attention(policy)
     adapter = add_adapter(policy, model, lora_rank, seed) if lora_rank else None
     policy.to(device).eval()
@@ -141,7 +141,7 @@ def load_processor(folder: Path, config: Qwen2_5_VLConfig):
         tokenizer = processor.tokenizer
         if tokenizer.decode(tokenizer(text)["input_ids"]) != text or tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer is incomplete")
-        prompts = encode(processor, [Image.new("RGB", (56, 56))], system="", prompt=text)
+        prompts = encode_prompts(processor, [Image.new("RGB", (56, 56))], system="", prompt=text)
         is_image = prompts.input_ids == config.image_token_id
         if not is_image.any() or not torch.equal(is_image, prompts.mm_token_type_ids == IMAGE_TYPE):
             raise ValueError("tokenizer, chat template and config.json disagree on the image token")
@@ -172,7 +172,7 @@ class PatchProjection(torch.nn.Conv3d):
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
-def decoding(folder: Path, tokenizer) -> GenerationConfig:
+def generation_config_of(folder: Path, tokenizer) -> GenerationConfig:
     """Return how a model is to be decoded, by others too: as it was trained and measured.
 
     With its own stop ids and padding, and nothing that reshapes its distribution: the published
@@ -206,14 +206,14 @@ def known_ids(tokenizer, tokens: tuple[str, ...]) -> list[int]:
 
 def check_finite(model: str, policy) -> None:
     """Raise `ModelError` for a model with a weight that is not a number, or infinite."""
-    if names := not_finite(policy):
+    if names := non_finite_parameters(policy):
         raise ModelError(
             f"model {model}: {len(names)} of its weights are not finite (nan or infinite), as "
             f"{names[0]}: its files are damaged, or its training went wrong"
         )
 
 
-def not_finite(policy) -> list[str]:
+def non_finite_parameters(policy) -> list[str]:
     """Return the names of the parameters that hold a value that is not finite."""
     names, parameters = zip(*policy.named_parameters(), strict=True)
     finite = torch.stack([parameter.isfinite().all() for parameter in parameters])
@@ -236,7 +236,7 @@ def check_files(model: str) -> str:
     if folder is None:
         return f"{model}: not on disk; its files are checked once they are fetched"
     config = model_config(model)
-    decoding(folder, load_processor(folder, config).tokenizer)
+    generation_config_of(folder, load_processor(folder, config).tokenizer)
     return f"{folder}: {check_folder(folder, config)}; tokenizer and image processor read"
 
 

@@ -58,17 +58,17 @@ def check_alone() -> None:
         )
 
 
-def join(*, on_cpu: bool) -> None:
+def connect(*, on_cpu: bool) -> None:
     """Meet the processes started beside this one, if there are any: one per GPU, or on the CPU.
 
     Raises `ValueError`: see `launched`.
     """
     if launched()[1] > 1 and not dist.is_initialized():
         PartialState(cpu=on_cpu, timeout=PATIENCE)
-        atexit.register(leave)
+        atexit.register(disconnect)
 
 
-def leave() -> None:
+def disconnect() -> None:
     """Part from the other processes; those that have parted already do nothing."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -89,12 +89,12 @@ def is_main() -> bool:
     return process_index() == 0
 
 
-def total(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """Return the sum of the processes' values."""
     return reduced(value, dist.ReduceOp.SUM)
 
 
-def largest(value: Tensor) -> Tensor:
+def all_reduce_max(value: Tensor) -> Tensor:
     """Return the largest of the processes' values, element by element."""
     return reduced(value, dist.ReduceOp.MAX)
 
@@ -108,7 +108,7 @@ def reduced(value: Tensor, how: dist.ReduceOp) -> Tensor:
     return value
 
 
-def add_gradients(parameters: Iterable) -> None:
+def all_reduce_gradients(parameters: Iterable) -> None:
     """Give every process the sum of all processes' gradients, in place."""
     if process_count() > 1:
         gradients = (p.grad for p in parameters if p.grad is not None)
@@ -116,10 +116,15 @@ def add_gradients(parameters: Iterable) -> None:
             pending.wait()
 
 
-def everyone(items: list[T]) -> list[T]:
+def gather(items: list[T]) -> list[T]:
     """Return the processes' lists one after the other; the host waits for the slowest."""
     if process_count() == 1:
         return items
     lists: list = [None] * process_count()
     dist.all_gather_object(lists, items)
     return [item for each in lists for item in each]
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    gather([])

@@ -44,7 +44,9 @@ class Prompts:
     pixel_values: Tensor  # (Q, patches, values per patch)
     mm_token_type_ids: Tensor  # (Q, P), 1 where an image token stands
     image_grid_thw: Tensor  # (Q, 3): patches in time, height, width
-    visual: Tensor | None = None  # (Q, visual tokens, hidden): what a model's `see` made of them
+    image_features: Tensor | None = (
+        None  # (Q, visual tokens, hidden): what a model's `encode_images` made of them
+    )
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -55,12 +57,12 @@ class Prompts:
             self.pixel_values[rows],
             self.mm_token_type_ids[rows],
             self.image_grid_thw[rows],
-            None if self.visual is None else self.visual[rows],
+            None if self.image_features is None else self.image_features[rows],
         )
 
-    def unseen(self) -> "Prompts":
+    def without_image_features(self) -> "Prompts":
         """Return the prompts without what was seen: other weights must look for themselves."""
-        return replace(self, visual=None)
+        return replace(self, image_features=None)
 
     def to(self, device: str) -> "Prompts":
         """Return the prompts with what the model computes on moved there."""
@@ -79,7 +81,7 @@ class Prompts:
         )
 
 
-def encode(processor, images: list[Image.Image], *, system: str, prompt: str) -> Prompts:
+def encode_prompts(processor, images: list[Image.Image], *, system: str, prompt: str) -> Prompts:
     """Return model inputs on the host: all images of one size, all with the same question.
 
     Raises `ValueError` for images of several sizes.
@@ -164,28 +166,28 @@ def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     """
     core, types, grid = model.model, prompts.mm_token_type_ids, prompts.image_grid_thw
     embeds = core.get_input_embeddings()(prompts.input_ids)
-    visual = see(model, prompts).visual.flatten(0, 1).to(embeds.dtype)
+    features = encode_images(model, prompts).image_features.flatten(0, 1).to(embeds.dtype)
     places = (types == IMAGE_TYPE).flatten().nonzero()[:, 0]
     places = send(places, embeds.device)
-    embeds = embeds.flatten(0, 1).index_copy(0, places, visual).view_as(embeds)
+    embeds = embeds.flatten(0, 1).index_copy(0, places, features).view_as(embeds)
     # of the ids only the shape matters here: an image stands where the types say so
     positions, delta = core.get_rope_index(torch.zeros_like(types), types, image_grid_thw=grid)
     first = types.shape[1] + delta
     return embeds, send(positions, embeds.device), send(first, embeds.device)
 
 
-def see(model, prompts: Prompts) -> Prompts:
+def encode_images(model, prompts: Prompts) -> Prompts:
     """Return the prompts with what the vision tower makes of their images, if not seen already.
 
     Differentiable where gradients are enabled and the tower is trained.
     """
-    if prompts.visual is not None:
+    if prompts.image_features is not None:
         return prompts
     core, grid = model.model, prompts.image_grid_thw
     images = core.get_image_features(
         prompts.pixel_values.flatten(0, 1), grid, **vision_layout(core.visual, grid)
     )
-    return replace(prompts, visual=torch.stack(list(images.pooler_output)))
+    return replace(prompts, image_features=torch.stack(list(images.pooler_output)))
 
 
 def vision_layout(visual, grid: Tensor) -> dict[str, object]:

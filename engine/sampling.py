@@ -27,7 +27,7 @@ from engine.parallel import process_count, process_index
 from engine.prompts import Prompts, embed_prompts
 
 COMPILED = "torch.compile of the decoder layers"
-RECORDED = "a CUDA graph of the decoding step"
+CAPTURED = "a CUDA graph of the decoding step"
 FINISHED_CHECK_EVERY = 8  # tokens: on a GPU, where the host must wait to see that all have ended
 LAYER_INPUTS = signature(Qwen2_5_VLDecoderLayer.forward).parameters
 CACHE = "cache" if "cache" in LAYER_INPUTS else "past_key_values"  # transformers 5.24 renamed it
@@ -88,7 +88,7 @@ class Sampler:
         self.model, self.language_model = model, model.model.language_model
         self.max_new_tokens, self.pad_id = max_new_tokens, pad_id
         self.run_layer: Callable[..., Tensor] = call_layer
-        self.advance: Callable[[], Tensor] = self.step
+        self.advance: Callable[[], Tensor] = self.decode_step
         self.shape: tuple[int, int] | None = None  # rows and prompt length the buffers are for
 
     @torch.no_grad()
@@ -110,19 +110,19 @@ class Sampler:
         shape = (len(prompts) * group_size, prompts.input_ids.shape[1])
         if shape != self.shape:
             self.make_buffers(*shape)
-            self.read(prompts, group_size)  # fast forms are tried behind these prompts
-            self.advance = self.fastest_step()
+            self.prefill(prompts, group_size)  # fast forms are tried behind these prompts
+            self.advance = self.fastest_decode_step()
         self.temperature.fill_(temperature or 1.0)
-        hidden = self.read(prompts, group_size)
+        hidden = self.prefill(prompts, group_size)
         self.make_noise(temperature, generator)
-        self.draw(hidden)
+        self.sample_token(hidden)
         check_every = FINISHED_CHECK_EVERY if self.model.device.type == "cuda" else 1
         for drawn in range(1, self.max_new_tokens):
             if drawn % check_every == 0:
                 if self.finished.all():  # host sync
                     break
-                if self.advance == self.step and self.run_layer is call_layer:
-                    self.leave_out_finished()
+                if self.advance == self.decode_step and self.run_layer is call_layer:
+                    self.drop_finished_rows()
             self.make_noise(temperature, generator)
             self.advance()
         return self.completions()
@@ -136,7 +136,7 @@ class Sampler:
         cache_shape = (rows, config.num_key_value_heads, slots, head_size)
         with torch.device(weight.device):
             self.stops = torch.tensor(stop_ids(self.model), dtype=torch.long)
-            self.drawn = torch.zeros(1, dtype=torch.long)  # tokens per row so far
+            self.sampled = torch.zeros(1, dtype=torch.long)  # tokens per row so far
             self.next_slot = torch.zeros(1, dtype=torch.long)
             self.mask = torch.zeros(1, 1, 1, slots, dtype=weight.dtype)  # 0 seen, -inf hidden
             self.rope = torch.zeros(  # cosines and sines of the completion's positions
@@ -154,7 +154,7 @@ class Sampler:
             Cache(cache_shape, self.next_slot, weight) for _ in self.language_model.layers
         ]
 
-    def read(self, prompts: Prompts, group_size: int) -> Tensor:
+    def prefill(self, prompts: Prompts, group_size: int) -> Tensor:
         """Start afresh: read each prompt once, return the rows' last states (B, hidden)."""
         embeds, positions, first = embed_prompts(self.model, prompts)
         rope = self.language_model.rotary_emb(embeds, positions)
@@ -162,7 +162,7 @@ class Sampler:
         for layer, cache in zip(self.language_model.layers, self.caches, strict=True):
             hidden = call_layer(layer, hidden, rope, None, cache)
         self.rows = self.every_row  # those that go on, (A,): they have the first slots of a cache
-        self.drawn.zero_()
+        self.sampled.zero_()
         self.next_slot.fill_(embeds.shape[1])
         self.mask.fill_(-torch.inf)[..., : embeds.shape[1]] = 0
         ahead = first + torch.arange(self.max_new_tokens, device=first.device)  # (Q, tokens)
@@ -186,21 +186,21 @@ class Sampler:
         else:
             self.noise.zero_()
 
-    def step(self) -> Tensor:
+    def decode_step(self) -> Tensor:
         """Feed each row its latest token, draw the next; return the logits (A, V) it is drawn from.
 
         Device work on fixed buffers only: nothing here depends on a value the host would know.
         """
-        latest = self.ids[self.rows, self.drawn - 1, None]  # (A, 1)
+        latest = self.ids[self.rows, self.sampled - 1, None]  # (A, 1)
         self.mask.index_fill_(-1, self.next_slot, 0)
         hidden = self.language_model.embed_tokens(latest)
-        rope = self.rope[:, self.rows, self.drawn - 1, None].unbind()  # (A, 1, D) each
+        rope = self.rope[:, self.rows, self.sampled - 1, None].unbind()  # (A, 1, D) each
         for layer, cache in zip(self.language_model.layers, self.caches, strict=True):
             hidden = self.run_layer(layer, hidden, rope, self.mask, cache)
         self.next_slot += 1
-        return self.draw(self.language_model.norm(hidden)[:, 0])
+        return self.sample_token(self.language_model.norm(hidden)[:, 0])
 
-    def draw(self, hidden: Tensor) -> Tensor:
+    def sample_token(self, hidden: Tensor) -> Tensor:
         """Draw one token per row from states (A, hidden), note it; return its logits (A, V).
 
         The Gumbel-max trick: argmax(logits - log E) with E ~ Exp(1) is a sample of softmax(logits),
@@ -211,13 +211,13 @@ class Sampler:
         logprob = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
         finished = self.finished[self.rows]
         token = token.masked_fill(finished, self.pad_id)
-        self.ids[self.rows, self.drawn] = token
-        self.logprobs[self.rows, self.drawn] = logprob.masked_fill(finished, 0)
+        self.ids[self.rows, self.sampled] = token
+        self.logprobs[self.rows, self.sampled] = logprob.masked_fill(finished, 0)
         self.finished[self.rows] = finished | torch.isin(token, self.stops)
-        self.drawn += 1
+        self.sampled += 1
         return logits
 
-    def leave_out_finished(self) -> None:
+    def drop_finished_rows(self) -> None:
         """Go on without the rows that have ended; the last rows take their places in the caches.
 
         Not for a recorded or compiled step, which is made for so many rows.
@@ -250,19 +250,21 @@ class Sampler:
 
     # --- the same step, faster --------------------------------------------------------
 
-    def fastest_step(self) -> Callable[[], Tensor]:
+    def fastest_decode_step(self) -> Callable[[], Tensor]:
         """Return `step`; on a GPU compiled and recorded, where that gives the same logits."""
         if self.model.device.type != "cuda" or self.max_new_tokens == 1:  # nothing to step to
-            return self.step
+            return self.decode_step
         trust_attention(self.language_model.config, self.model.lm_head.weight)
         if is_trusted(COMPILED):  # compiled for other shapes: of more than 8 it would refuse
             torch.compiler.reset()
         if trusted(COMPILED, self.check_compiled):
             self.run_layer = compile_layer()
-        if trusted(RECORDED, self.check_recorded):
-            self.try_step(self.step)  # compiles, if need be: a recording must not see that
-            return Recording(self.step)
-        return self.step
+        if trusted(CAPTURED, self.check_captured):
+            self.try_decode_step(
+                self.decode_step
+            )  # compiles, if need be: a recording must not see that
+            return CapturedGraph(self.decode_step)
+        return self.decode_step
 
     def check_compiled(self) -> float:
         """Return how far compiled layers are off, each on its own: the worst of `compare_layer`.
@@ -273,26 +275,26 @@ class Sampler:
         differences: list[float] = []
         self.run_layer = partial(compare_layer, compile_layer(), differences)
         try:
-            self.try_step(self.step)
+            self.try_decode_step(self.decode_step)
         finally:
             self.run_layer = call_layer
         return torch.tensor(differences).max().item()  # nan, if one is
 
-    def check_recorded(self) -> float:
+    def check_captured(self) -> float:
         """Return how far the logits are off when the step is recorded and replayed."""
-        slow = self.try_step(self.step)
-        return relative_difference(self.try_step(Recording(self.step)), slow)
+        slow = self.try_decode_step(self.decode_step)
+        return relative_difference(self.try_decode_step(CapturedGraph(self.decode_step)), slow)
 
-    def try_step(self, advance: Callable[[], Tensor]) -> Tensor:
+    def try_decode_step(self, advance: Callable[[], Tensor]) -> Tensor:
         """Return the logits of a step taken right after the prompts with `advance`; undo it."""
-        self.drawn.fill_(1)  # as if a first token, the padding, had been drawn
+        self.sampled.fill_(1)  # as if a first token, the padding, had been drawn
         logits = advance().clone()
         self.next_slot -= 1
         self.finished.zero_()
         return logits
 
 
-class Recording:
+class CapturedGraph:
     """A function's device work as a CUDA graph: the same kernels on the same addresses, at once."""
 
     def __init__(self, step: Callable[[], Tensor]) -> None:
@@ -303,7 +305,7 @@ class Recording:
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 self.result = step()
         except BaseException:
-            leave_recording(stream, pool)
+            abort_capture(stream, pool)
             raise
 
     def __call__(self) -> Tensor:
@@ -312,7 +314,7 @@ class Recording:
         return self.result
 
 
-def leave_recording(stream, pool: tuple[int, int]) -> None:
+def abort_capture(stream, pool: tuple[int, int]) -> None:
     """Undo what torch leaves of a failed recording: its own stream is current, its pool in use."""
     torch.cuda.set_stream(stream)
     with suppress(RuntimeError, AttributeError):  # some versions have done so themselves

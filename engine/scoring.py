@@ -42,7 +42,7 @@ def completion_logprobs(
     offsets = torch.arange(packing.longest, device=embeds.device)
     positions_in_rows = first.repeat_interleave(group_size, 0) + offsets  # (B, C)
     positions_of_targets = positions_in_rows.flatten().index_select(0, packing.cells)
-    hidden = run_packed(
+    hidden = forward_packed(
         language_model,
         torch.cat([embeds.flatten(0, 1), language_model.embed_tokens(targets)]),
         torch.cat([positions.flatten(1), positions_of_targets.expand(3, -1)], 1),
@@ -87,7 +87,7 @@ def pack(
     return packing, send(predictors, device)
 
 
-def run_packed(
+def forward_packed(
     language_model,
     embeds: Tensor,
     positions: Tensor,

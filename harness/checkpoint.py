@@ -33,14 +33,14 @@ from engine.loading import (
     Loaded,
     copy_policy,
     copy_weights,
-    not_finite,
+    non_finite_parameters,
     save_merged,
     save_policy,
     save_weights,
     trainable,
 )
 from engine.model_files import ModelError, first_line
-from engine.parallel import everyone, is_main, process_count, process_index, total
+from engine.parallel import all_reduce_sum, gather, is_main, process_count, process_index
 from engine.sizes import GIB, optimizer_copies
 
 FAILURES = (OSError, RuntimeError, SafetensorError, ModelError)  # what the savers raise
@@ -94,7 +94,7 @@ def save(
     not worth it; what was there stays.
     """
     needed = checkpoint_bytes(loaded, with_optimizer=with_optimizer, with_reference=with_reference)
-    with failing_together():
+    with fail_together():
         check_finite(loaded.policy)
         if is_main():
             check_room(run, needed)
@@ -104,15 +104,15 @@ def save(
         "checksums": checksums(loaded, optimizer, with_optimizer),
     }
     folder = run / "checkpoints" / f"step-{steps_done:06}"
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         if is_main():
             save_policy(loaded, partial)
             if with_reference:
                 save_weights(loaded.reference, partial / "reference")
             (partial / "state.json").write_text(json.dumps(state) + "\n")
         if with_optimizer:
-            save_share(optimizer, partial)
-    with failing_together():
+            save_shard(optimizer, partial)
+    with fail_together():
         for old in checkpoints_of(run)[:-keep] if is_main() else []:
             discard(old)
     return folder
@@ -123,7 +123,7 @@ def save_final(run: Path, loaded: Loaded, *, steps_done: int, merge: bool = Fals
 
     With `merge` the model with its adapter in its weights. Raises `CheckpointError`.
     """
-    with whole_folder(run / "final") as partial:
+    with atomic_folder(run / "final") as partial:
         check_finite(loaded.policy)
         if is_main():
             (save_merged if merge else save_policy)(loaded, partial)
@@ -136,7 +136,7 @@ def check_finite(policy) -> None:
     One update can do that, with all its gradients finite: a good checkpoint must not give way to
     such a policy.
     """
-    if names := not_finite(policy):
+    if names := non_finite_parameters(policy):
         raise CheckpointError(
             f"the policy has {len(names)} weights that are not finite, as {names[0]}"
         )
@@ -160,16 +160,16 @@ def checkpoint_bytes(loaded: Loaded, *, with_optimizer: bool, with_reference: bo
     return int(ROOM * (saved + with_optimizer * moments + with_reference * weights))
 
 
-def save_share(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def save_shard(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Write the state of the parameters that this process updates, in the form of `state_dict`.
 
     A parameter goes by its number among those of all processes. Tensors that lie on a device come
     to the host one at a time.
     """
     share = torch.optim.Optimizer.state_dict(optimizer)  # of several processes, the groups only
-    for number, parameter in own_parameters(optimizer).items():
-        share["state"][number] = own_part(optimizer).state.get(parameter, {})
-    path = folder / share_name(process_index(), process_count())
+    for number, parameter in local_parameters(optimizer).items():
+        share["state"][number] = local_optimizer(optimizer).state.get(parameter, {})
+    path = folder / shard_name(process_index(), process_count())
     before = torch.serialization.get_crc32_options()
     # it would more than double the time, and the checksums in state.json tell of the same damage
     torch.serialization.set_crc32_options(False)
@@ -181,7 +181,7 @@ def save_share(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `folder` once all in it is on disk.
 
     All processes may write to it. Whatever happens before that, to the disk, a process or the
@@ -189,13 +189,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        with failing_together():
+        with fail_together():
             if is_main():
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with failing_together():
+        with fail_together():
             yield partial
-        with failing_together():
+        with fail_together():
             if is_main():
                 put_in_place(partial, folder)
     except BaseException:
@@ -205,14 +205,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """Raise `CheckpointError` in all processes if the block fails in any; all wait for all."""
     problems, cause = [], None
     try:
         yield
     except (CheckpointError, *FAILURES) as error:
         problems, cause = [first_line(error)], error
-    if problems := everyone(problems):
+    if problems := gather(problems):
         raise CheckpointError(problems[0]) from cause
 
 
@@ -303,21 +303,21 @@ def restore_optimizer(
     checkpoint: Path, optimizer: torch.optim.Optimizer, *, processes: int
 ) -> None:
     """Give the optimizer, tensor by tensor, its own part of what so many processes have saved."""
-    names = [share_name(number, processes) for number in range(processes)]
-    shares = [open_share(checkpoint / name) for name in names]
+    names = [shard_name(number, processes) for number in range(processes)]
+    shares = [open_shard(checkpoint / name) for name in names]
     saved = {number: state for share in shares for number, state in share["state"].items()}
     own_form = {"triton": optimizer.param_groups[0]["triton"]}  # a matter of the machine
     groups = [group | own_form for group in shares[0]["param_groups"]]
     torch.optim.Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": groups})
-    for number, parameter in own_parameters(optimizer).items():
-        own_part(optimizer).state[parameter] = {
+    for number, parameter in local_parameters(optimizer).items():
+        local_optimizer(optimizer).state[parameter] = {
             name: value if value is None else value.to(parameter.device, copy=True)
             for name, value in saved.get(number, {}).items()
         }
 
 
-def open_share(path: Path) -> dict:
-    """Return what `save_share` wrote; a tensor stays on the disk until it is read."""
+def open_shard(path: Path) -> dict:
+    """Return what `save_shard` wrote; a tensor stays on the disk until it is read."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except UnpicklingError as error:  # its own text tells how to run the code of others
@@ -327,25 +327,27 @@ def open_share(path: Path) -> dict:
 # --- for saving and restoring -----------------------------------------------------------
 
 
-def share_name(number: int, processes: int) -> str:
+def shard_name(number: int, processes: int) -> str:
     """Return the name of the file with a process's share of the optimizer's state.
 
-    >>> share_name(0, 1), share_name(0, 4)
+    >>> shard_name(0, 1), shard_name(0, 4)
     ('optimizer.pt', 'optimizer-1-of-4.pt')
     """
     return "optimizer.pt" if processes == 1 else f"optimizer-{number + 1}-of-{processes}.pt"
 
 
-def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer that keeps the state of what this process updates."""
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
-def own_parameters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
+def local_parameters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
     """Return the parameters that this process updates, by their number among those of all."""
-    everyones = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    own = {tensor for group in own_part(optimizer).param_groups for tensor in group["params"]}
-    return {number: tensor for number, tensor in enumerate(everyones) if tensor in own}
+    all_parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    own = {
+        tensor for group in local_optimizer(optimizer).param_groups for tensor in group["params"]
+    }
+    return {number: tensor for number, tensor in enumerate(all_parameters) if tensor in own}
 
 
 def checksums(
@@ -359,10 +361,10 @@ def checksums(
     if loaded.reference is not None:
         found["reference"] = checksum(loaded.reference.parameters())
     if with_optimizer:
-        states = own_part(optimizer).state.values()
+        states = local_optimizer(optimizer).state.values()
         tensors = (value for state in states for value in state.values() if value is not None)
         share = torch.tensor(checksum(tensors), device=loaded.policy.device)
-        found["optimizer"] = int(total(share))  # host sync
+        found["optimizer"] = int(all_reduce_sum(share))  # host sync
     return found
 
 

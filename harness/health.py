@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 from torch.distributed.launcher.api import LaunchConfig
 
-from engine.parallel import everyone, is_main, process_count
+from engine.parallel import gather, is_main, process_count
 
 # mean |log-prob sampled - scored| at the first step that still is rounding, in nats per token
 MAX_SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -62,7 +62,7 @@ class StopSignal:
 
     def agreed_number(self) -> int:
         """Return the signal that any of the processes has received, the same on all; 0 if none."""
-        return max(everyone([self.number or 0]))
+        return max(gather([self.number or 0]))
 
 
 def launcher_limit() -> str | None:
@@ -84,7 +84,7 @@ def launcher_limit() -> str | None:
     )
 
 
-def follow_the_parent(_: int) -> None:
+def exit_with_parent(_: int) -> None:
     """Make a loader's worker process end when its parent does, neither before nor after.
 
     A Ctrl-C reaches it too: it must outlive it, or the step cannot be finished. And torch's workers
@@ -114,7 +114,7 @@ class Health:
         self.history.append(metrics)
         check_sampler_gap(metrics, self.dtype)
         warnings = check_skipped(self.history)
-        found = collapse_of(self.history)
+        found = find_collapse(self.history)
         warnings += [text for kind, text in found.items() if kind not in self.warned]
         self.warned |= found.keys()
         return warnings
@@ -161,7 +161,7 @@ def check_skipped(history: list[dict]) -> list[str]:
     return [f"step {latest['step']}: skipped, not finite: {latest['not_finite']}"]
 
 
-def collapse_of(history: list[dict]) -> dict[str, str]:
+def find_collapse(history: list[dict]) -> dict[str, str]:
     """Return what is wrong with the latest steps beside the first ones, and where to look."""
     if len(history) < 2 * WINDOW:
         return {}

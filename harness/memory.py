@@ -4,14 +4,27 @@ Sizes are bytes, counted from shapes for the longest completions that are allowe
 a step when they are largest together: what is gone by then is not in them.
 """
 
+import math
+import shutil
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
+from pathlib import Path
 
+import torch
 from transformers import Qwen2_5_VLConfig
 
+from engine.model_files import ModelError
 from engine.scoring import HEADROOM, activation_bytes, logprobs_bytes
-from engine.sizes import DTYPES, GIB, optimizer_copies, parameter_count, shape_config, trained_count
+from engine.sizes import (
+    DTYPES,
+    GIB,
+    free_memory,
+    optimizer_copies,
+    parameter_count,
+    shape_config,
+    trained_count,
+)
 
 TEXT_TOKENS = 129  # of a prompt, with Qwen's vocabulary; 127 of one that asks for <think>
 LIBRARIES = {"cuda": GIB, "cpu": 6 * GIB // 10}  # CUDA context; Python with torch and the others
@@ -19,10 +32,13 @@ GAPS = 0.04  # of the rest: what torch's allocator holds and cannot use, at most
 LIVE, LIVE_ADAPTED = 1.3, 1.45  # in a layer's backward pass, times what the layer keeps for it
 LORA_RANK = 32  # proposed where training all weights does not fit
 SMALLER_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+RUNS_ANYWHERE = "What runs here: python main.py --preset tiny"
+NO_ROOM = "A checkpoint that does not fit is skipped. Smaller: --no-save-optimizer (no resuming)"
+NO_FEW_FLAGS = "no combination of a few flags"
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What decides how much memory a run takes; fields are named as the flags are."""
 
     model: str
@@ -80,7 +96,7 @@ class Work:
 class Estimate:
     """What takes how many bytes, by name, at the moment when it is most."""
 
-    moment: str
+    when: str
     sizes: dict[str, int]
 
     @property
@@ -89,106 +105,114 @@ class Estimate:
         return sum(self.sizes.values())
 
 
-def estimate(work: Work, *, free: int | None) -> Estimate:
+def estimate(workload: Workload, *, free: int | None) -> Estimate:
     """Return what takes how much at a step's peak.
 
     As many decoder layers as `free` bytes allow are kept for the backward pass, and the others
-    checkpointed, unless `work` names a number; with None all are.
+    checkpointed, unless `workload` names a number; with None all are.
     """
-    always = {**held(work), "vision tower": vision_bytes(work)}
-    libraries = LIBRARIES[work.device]
-    kept = kept_layers(work, free, sum(always.values()) + libraries)
-    moment, sizes = max(moments(work, kept).items(), key=lambda item: sum(item[1].values()))
+    always = {**resident_bytes(workload), "vision tower": vision_bytes(workload)}
+    libraries = LIBRARIES[workload.device]
+    kept = kept_layers(workload, free, sum(always.values()) + libraries)
+    when, sizes = max(peaks(workload, kept).items(), key=lambda item: sum(item[1].values()))
     sizes = {**always, **sizes, "libraries": libraries}
-    if work.device == "cuda":
+    if workload.device == "cuda":
         sizes["gaps between tensors"] = int(GAPS * sum(sizes.values()))
-    return Estimate(moment, sizes)
+    return Estimate(when, sizes)
 
 
-def held(work: Work) -> dict[str, int]:
+def resident_bytes(workload: Workload) -> dict[str, int]:
     """Return what is in memory from the first step to the last."""
-    size = DTYPES[work.dtype].itemsize
-    weights = size * parameters_of(work.model)
+    size = DTYPES[workload.dtype].itemsize
+    weights = size * parameters_of(workload.model)
     return {
         "weights": weights,
-        "optimizer": optimizer_copies(DTYPES[work.dtype]) * trained_bytes(work) // work.processes,
-        "reference": weights * (work.reference and work.trains_all),
-        "key-value cache": cache_bytes(work),
+        "optimizer": optimizer_copies(DTYPES[workload.dtype])
+        * trained_bytes(workload)
+        // workload.processes,
+        "reference": weights * (workload.reference and workload.trains_all),
+        "key-value cache": cache_bytes(workload),
     }
 
 
-def at_least(work: Work) -> int:
+def minimum_bytes(workload: Workload) -> int:
     """Return what is in memory together when the weights are updated: counted exactly."""
-    return sum(held(work).values()) + trained_bytes(work)
+    return sum(resident_bytes(workload).values()) + trained_bytes(workload)
 
 
-def kept_layers(work: Work, free: int | None, taken: int) -> int:
+def kept_layers(workload: Workload, free: int | None, taken: int) -> int:
     """Return how many decoder layers keep their activations: `layers_to_checkpoint` foreseen."""
-    layers = work.config.text_config.num_hidden_layers
-    if work.layers_to_checkpoint is not None:
-        return max(0, layers - work.layers_to_checkpoint)
+    layers = workload.config.text_config.num_hidden_layers
+    if workload.layers_to_checkpoint is not None:
+        return max(0, layers - workload.layers_to_checkpoint)
     if free is None:
         return 0
-    left = (1 - HEADROOM) * free - taken - earlier_gradients(work) - head_bytes(work)
-    return min(layers, max(0, int(left / layer_bytes(work))))
+    left = (1 - HEADROOM) * free - taken - earlier_gradients(workload) - head_bytes(workload)
+    return min(layers, max(0, int(left / layer_bytes(workload))))
 
 
-def moments(work: Work, kept: int) -> dict[str, dict[str, int]]:
+def peaks(workload: Workload, kept: int) -> dict[str, dict[str, int]]:
     """Return what takes how much beside the rest, at each moment when it could be most.
 
     The backward pass begins with the log-probs, goes through the layers from the last to the first,
     the first ones recomputed, and ends in the embeddings and the tower. Gradients take the place of
     activations; of earlier micro-batches they are there all the time.
     """
-    text, layers = work.config.text_config, work.config.text_config.num_hidden_layers
+    text, layers = workload.config.text_config, workload.config.text_config.num_hidden_layers
     row = f"decoder layers, {layers - kept} of {layers} checkpointed"
-    inputs = (layers - kept) * work.tokens_in_a_pass * text.hidden_size
-    inputs *= DTYPES[work.dtype].itemsize
-    activations, earlier = layer_bytes(work), earlier_gradients(work)
-    live = int((LIVE if work.trains_all else LIVE_ADAPTED) * activations)
-    whole, words = trained_bytes(replace(work, freeze_vision=True)), vocabulary_bytes(work)
-    in_layers = whole - words * (1 if work.config.tie_word_embeddings else 2)
+    inputs = (layers - kept) * workload.tokens_in_a_pass * text.hidden_size
+    inputs *= DTYPES[workload.dtype].itemsize
+    activations, earlier = layer_bytes(workload), earlier_gradients(workload)
+    live = int((LIVE if workload.trains_all else LIVE_ADAPTED) * activations)
+    whole, words = trained_bytes(replace(workload, freeze_vision=True)), vocabulary_bytes(workload)
+    in_layers = whole - words * (1 if workload.config.tie_word_embeddings else 2)
     by_now = [words + in_layers * kept // layers, words + in_layers]  # at the first, the last
     parts = {
-        "of the log-probs": (earlier, head_bytes(work), kept * activations + inputs),
+        "of the log-probs": (earlier, head_bytes(workload), kept * activations + inputs),
         "of the first layer that runs again": (max(earlier, by_now[0]), 0, inputs + live),
         "of the first layer": (max(earlier, by_now[1]), 0, live),
         "of the embeddings": (whole + 2 * words, 0, 0),  # prompts' and completions', and their sum
-        "of the vision tower": (trained_bytes(work), 0, 0),
+        "of the vision tower": (trained_bytes(workload), 0, 0),
     }
     names = ("gradients", "log-probs", row)
-    return {moment: dict(zip(names, sizes, strict=True)) for moment, sizes in parts.items()}
+    return {when: dict(zip(names, sizes, strict=True)) for when, sizes in parts.items()}
 
 
-def trained_bytes(work: Work) -> int:
+def trained_bytes(workload: Workload) -> int:
     """Return the bytes of what is trained, and so of its gradients."""
-    count = trained_of(work.model, work.lora_rank, work.freeze_vision)
-    return DTYPES[work.dtype].itemsize * count
+    count = trained_of(workload.model, workload.lora_rank, workload.freeze_vision)
+    return DTYPES[workload.dtype].itemsize * count
 
 
-def vocabulary_bytes(work: Work) -> int:
+def vocabulary_bytes(workload: Workload) -> int:
     """Return the bytes of a gradient of the vocabulary: none if only adapters are trained."""
-    text = work.config.text_config
+    text = workload.config.text_config
     count = text.vocab_size * text.hidden_size
-    return DTYPES[work.dtype].itemsize * count * work.trains_all
+    return DTYPES[workload.dtype].itemsize * count * workload.trains_all
 
 
-def earlier_gradients(work: Work) -> int:
+def earlier_gradients(workload: Workload) -> int:
     """Return the bytes of gradients that a pass finds: those of the micro-batches before it."""
-    several = work.prompts_here > work.prompts_in_a_pass
-    return trained_bytes(replace(work, freeze_vision=True)) * several  # the tower's come last
+    several = workload.prompts_here > workload.prompts_in_a_pass
+    return trained_bytes(replace(workload, freeze_vision=True)) * several  # the tower's come last
 
 
-def head_bytes(work: Work) -> int:
+def head_bytes(workload: Workload) -> int:
     """Return the bytes that log-probs take for themselves."""
-    text = work.config.text_config
-    return logprobs_bytes(text, work.cells_in_a_pass, trained=work.trains_all)
+    text = workload.config.text_config
+    return logprobs_bytes(text, workload.cells_in_a_pass, trained=workload.trains_all)
 
 
-def layer_bytes(work: Work) -> int:
+def layer_bytes(workload: Workload) -> int:
     """Return the bytes that a decoder layer keeps of a pass for its gradient."""
-    text, dtype, cells = work.config.text_config, DTYPES[work.dtype], work.cells_in_a_pass
-    return activation_bytes(text, dtype, work.tokens_in_a_pass, cells, trained=work.trains_all)
+    text, dtype, cells = (
+        workload.config.text_config,
+        DTYPES[workload.dtype],
+        workload.cells_in_a_pass,
+    )
+    return activation_bytes(
+        text, dtype, workload.tokens_in_a_pass, cells, trained=workload.trains_all
+    )
 
 
 @lru_cache
@@ -209,43 +233,43 @@ def trained_of(model: str, lora_rank: int, freeze_vision: bool) -> int:
     return trained_count(config_of(model), lora_rank=lora_rank, freeze_vision=freeze_vision)
 
 
-def cache_bytes(work: Work) -> int:
+def cache_bytes(workload: Workload) -> int:
     """Return the bytes of all rows' keys and values, which the sampler keeps from step to step."""
-    text, rows = work.config.text_config, work.prompts_here * work.group_size
-    slots = -(-(work.prompt_tokens + work.max_new_tokens) // 8) * 8
+    text, rows = workload.config.text_config, workload.prompts_here * workload.group_size
+    slots = -(-(workload.prompt_tokens + workload.max_new_tokens) // 8) * 8
     head_size = text.hidden_size // text.num_attention_heads
     per_slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size
-    return rows * slots * per_slot * DTYPES[work.dtype].itemsize
+    return rows * slots * per_slot * DTYPES[workload.dtype].itemsize
 
 
-def vision_bytes(work: Work) -> int:
+def vision_bytes(workload: Workload) -> int:
     """Return the bytes that the vision tower keeps of a step for the backward pass."""
-    if work.freeze_vision or not work.trains_all:
+    if workload.freeze_vision or not workload.trains_all:
         return 0
-    vision = work.config.vision_config
-    patches = work.prompts_here * (work.image_size // vision.patch_size) ** 2
+    vision = workload.config.vision_config
+    patches = workload.prompts_here * (workload.image_size // vision.patch_size) ** 2
     each = int(4 * vision.intermediate_size + 15.5 * vision.hidden_size)  # as decoder layers' are
-    return vision.depth * patches * each * DTYPES[work.dtype].itemsize
+    return vision.depth * patches * each * DTYPES[workload.dtype].itemsize
 
 
-def what_would_fit(work: Work, free: int) -> str | None:
-    """Return the fewest flags with which `work` fits into `free` bytes; None if none help.
+def flags_that_fit(workload: Workload, free: int) -> str | None:
+    """Return the fewest flags with which `workload` fits into `free` bytes; None if none help.
 
     Those that cost least come first: the gradient stays the same with smaller passes, the run is
     another one with a smaller group, and another model is the last resort.
     """
     changes = {
         "--micro-batch 1": {"micro_batch": 1, "layers_to_checkpoint": None},
-        "--max-new-tokens 256": {"max_new_tokens": min(256, work.max_new_tokens)},
-        "--group-size 4": {"group_size": min(4, work.group_size)},
+        "--max-new-tokens 256": {"max_new_tokens": min(256, workload.max_new_tokens)},
+        "--group-size 4": {"group_size": min(4, workload.group_size)},
         "--beta 0": {"reference": False},
-        f"--lora-rank {LORA_RANK}": {"lora_rank": work.lora_rank or LORA_RANK},
+        f"--lora-rank {LORA_RANK}": {"lora_rank": workload.lora_rank or LORA_RANK},
         f"--model {SMALLER_MODEL}": {"model": SMALLER_MODEL},
     }
-    useful = [flag for flag, change in changes.items() if replace(work, **change) != work]
+    useful = [flag for flag, change in changes.items() if replace(workload, **change) != workload]
     for count in range(1, len(useful) + 1):
         for flags in combinations(useful, count):
-            smaller = work
+            smaller = workload
             for flag in flags:
                 smaller = replace(smaller, **changes[flag])
             if estimate(smaller, free=None).total <= free:
@@ -253,9 +277,105 @@ def what_would_fit(work: Work, free: int) -> str | None:
     return None
 
 
-def table(found: Estimate) -> str:
+def memory_table(found: Estimate) -> str:
     """Return the sizes and their sum, one per line."""
     sizes = {name: size for name, size in found.sizes.items() if size}
     sizes["total"] = found.total
     lines = [f"  {name:<40}{size / GIB:>9.2f} GiB" for name, size in sizes.items()]
-    return "\n".join([f"  at the gradient {found.moment}:", *lines])
+    return "\n".join([f"  at the gradient {found.when}:", *lines])
+
+
+# --- what the user is told ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiskNeeds:
+    """Bytes that a run writes; printed, one line for the user."""
+
+    checkpoint: int
+    checkpoints: int  # at once
+    final: int
+    free: int
+
+    @property
+    def has_room(self) -> bool:
+        """Whether everything fits."""
+        return self.checkpoints * self.checkpoint + self.final <= self.free
+
+    def __str__(self) -> str:
+        text = (
+            f"Disk: {self.checkpoint / GIB:.2f} GiB per checkpoint, up to {self.checkpoints} at "
+            f"once, and {self.final / GIB:.2f} GiB for final/; {self.free / GIB:.2f} GiB are free"
+        )
+        return text if self.has_room else f"{text}. {NO_ROOM}"
+
+
+def print_needs(workload: Workload, disk: DiskNeeds) -> bool:
+    """Print the memory and disk a run needs; return whether this machine has the memory."""
+    has_device = workload.device == "cpu" or torch.cuda.is_available()
+    free = free_memory(torch.device(workload.device))[0] if has_device else 0
+    found = estimate(workload, free=free)
+    print(
+        f"{workload.model} in {workload.dtype} on {workload.device}: {workload.prompts_per_step} "
+        f"prompts x {workload.group_size} completions of up to {workload.max_new_tokens} tokens, "
+        f"{workload.prompts_in_a_pass} prompts per backward pass"
+        + (f", each of {workload.processes} processes" if workload.processes > 1 else "")
+    )
+    print(memory_table(found))
+    print(f"  {'free':<40}" + (f"{free / GIB:>9.2f} GiB" if has_device else "   no CUDA GPU found"))
+    print(disk)
+    if has_device and found.total <= free:
+        print("It fits.")
+    elif has_device:
+        print(f"It does not fit. What would: {flags_that_fit(workload, free) or NO_FEW_FLAGS}")
+    else:
+        print(f"It needs a CUDA GPU with {math.ceil(found.total / GIB)} GiB free. {RUNS_ANYWHERE}")
+    return has_device and found.total <= free
+
+
+def check_memory(workload: Workload) -> None:
+    """Raise `ModelError` if what is counted exactly does not fit; warn if the estimate does not."""
+    free, _ = free_memory(torch.device(workload.device))
+    about, at_least = estimate(workload, free=free).total, minimum_bytes(workload)
+    if about <= free:
+        return
+    flags = flags_that_fit(workload, free) or NO_FEW_FLAGS
+    rest = f"GiB; {free / GIB:.1f} are free on {workload.device}. What would fit: {flags}"
+    if at_least > free:
+        raise ModelError(f"this run needs at least {at_least / GIB:.1f} {rest}")
+    print(f"This run needs about {about / GIB:.1f} {rest}")
+
+
+def flags_for_less(workload: Workload) -> str:
+    """Return the flags with which a run that ran out of memory would need a tenth less."""
+    workload = replace(workload, micro_batch=1)  # smaller passes have been tried
+    found = estimate(workload, free=None)
+    tenth = (found.total - found.sizes["libraries"]) // 10
+    return flags_that_fit(workload, found.total - tenth) or NO_FEW_FLAGS
+
+
+def disk_needs(
+    workload: Workload,
+    place: Path,
+    *,
+    steps: int,
+    save_every: int,
+    keep: int,
+    merge: bool,
+    with_optimizer: bool,
+    with_reference: bool,
+) -> DiskNeeds:
+    """Return what a run writes to the disk at `place`, and what is free there.
+
+    `place` need not exist yet.
+    """
+    sizes = resident_bytes(workload)
+    saved = trained_bytes(workload) if workload.lora_rank else sizes["weights"]
+    each = saved + with_optimizer * sizes["optimizer"] * workload.processes
+    each += with_reference * sizes["weights"]
+    final = saved + merge * sizes["weights"]
+    saves = math.ceil(steps / save_every) if save_every else 1
+    at_once = min(keep + 1, saves)  # an old one is deleted once the new one is complete
+    folders = (place.absolute(), *place.absolute().parents)
+    free = shutil.disk_usage(next(folder for folder in folders if folder.exists())).free
+    return DiskNeeds(each, at_once, final, free)

@@ -1,6 +1,6 @@
 """The run folder: what a run leaves behind, and nothing else.
 
-config.json         every knob, versions, device, git commit, command line; the same of each resume
+config.json         every option, versions, device, git commit, command; the same for each resume
 metrics.jsonl       one object per step
 evaluations.jsonl   one object per held-out evaluation
 samples.jsonl       now and then one prompt with all its completions
@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -59,7 +59,7 @@ class RunLog:
 
         What a full disk refuses is kept, told, and tried again with the next line.
         """
-        record = finite(record)
+        record = replace_non_finite(record)
         if self.tracker is not None and name in TRACKED:
             steps_done = record[STEP_KEYS[name]] + (name == "metrics")
             self.tracker.log(record, prefix=TRACKED[name], step=steps_done)
@@ -98,7 +98,7 @@ class RunLog:
                 self.tracker.finish()
 
 
-class Onlooker(RunLog):
+class NullRunLog(RunLog):
     """The log of a process that leaves the writing to another one."""
 
     def __init__(self, folder: Path) -> None:
@@ -188,7 +188,7 @@ def lock(file) -> None:
 # --- runs begin and go on ---------------------------------------------------------------
 
 
-def new_run(folders: Iterable[Path], *, config: dict, device: str) -> RunLog:
+def create_run(folders: Iterable[Path], *, config: dict, device: str) -> RunLog:
     """Make a new run's folder, the first of some that is not there. Raises `RunError`.
 
     Runs that are started together each get one: looking and making are one act. Where it fails,
@@ -216,7 +216,7 @@ def new_folder(folders: Iterable[Path]) -> Path:
     raise RunError(f"{folder}: exists; runs are never overwritten")
 
 
-def resumed_run(folder: Path, *, config: dict, device: str, steps_done: int) -> RunLog:
+def reopen_run(folder: Path, *, config: dict, device: str, steps_done: int) -> RunLog:
     """Open a run's folder again, and cut the lines of steps that will be done again.
 
     Raises `RunError`, with nothing cut, where lines of the steps before are missing or damaged.
@@ -272,13 +272,13 @@ def read_lines(path: Path, length: int = -1) -> list[dict]:
 
 
 def read_description(folder: Path) -> dict:
-    """Return what config.json holds, the run's knobs under "config". Raises `RunError`."""
+    """Return what config.json holds, the run's options under "config". Raises `RunError`."""
     path = folder / "config.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(description["config"], dict):
             return description
-        raise TypeError("no knobs in it")
+        raise TypeError("no options in it")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: not readable: {error}") from error
 
@@ -305,23 +305,23 @@ def provenance(device: str) -> dict:
     }
 
 
-def finite(value):
+def replace_non_finite(value):
     """Return the value with every nan and infinity, which JSON lacks, replaced by None.
 
-    >>> finite({"loss": float("nan"), "rewards": [1.0, float("inf")]})
+    >>> replace_non_finite({"loss": float("nan"), "rewards": [1.0, float("inf")]})
     {'loss': None, 'rewards': [1.0, None]}
     """
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def folders_of(runs: Path, name: str) -> Iterator[Path]:
+def numbered_folders(runs: Path, name: str) -> Iterator[Path]:
     """Yield the folders that a run without a name of its own may have, in order.
 
-    >>> folders = folders_of(Path("runs"), "tiny")
+    >>> folders = numbered_folders(Path("runs"), "tiny")
     >>> [next(folders).name for _ in range(3)]
     ['tiny', 'tiny-2', 'tiny-3']
     """
@@ -367,19 +367,3 @@ def peak_host_memory() -> int:
     """Return the most bytes of host memory that this process has held."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib if sys.platform == "darwin" else kib * 1024  # macOS counts bytes
-
-
-class Stopwatch:
-    """Seconds of each phase of a step: `lap` names the phase that has just ended."""
-
-    def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.synchronize = synchronize
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Book the time since the last lap, the device's work included, under `phase`."""
-        self.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now

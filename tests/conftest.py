@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from config import Config, make_config, make_parser
 from engine.loading import Loaded, use_own_attention
-from engine.prompts import Prompts, encode
+from engine.prompts import Prompts, encode_prompts
 from engine.sampling import call_layer
 from engine.scoring import completion_logprobs
 from rewards import SYSTEM_MESSAGE, make_prompt
@@ -29,7 +29,7 @@ TINY = str(ROOT / "tiny")
 
 
 def config_of(*flags: str) -> Config:
-    """The knobs of a command line."""
+    """The options of a command line."""
     return make_config(make_parser().parse_args(flags))
 
 
@@ -121,7 +121,7 @@ def make_prompts(processor, count: int) -> Prompts:
         make_example(ShapeSpec(), seed=1, split="train", index=i, image_size=84).image
         for i in range(count)
     ]
-    return encode(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt())
+    return encode_prompts(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt())
 
 
 def stock(model):

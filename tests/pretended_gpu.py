@@ -54,7 +54,7 @@ INDEXED = {
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default}
 FAST_FORMS = {  # all that is checked before it is trusted
     sampling.COMPILED,
-    sampling.RECORDED,
+    sampling.CAPTURED,
     attention.FLASH,
     attention.DECODING,
     fastpath.FP32_OUTPUT,

@@ -65,15 +65,37 @@ def tensor_names() -> list[str]:
 
 def published_layout(folder: Path) -> Path:
     """Make a folder with tiny's weights and vocabulary in the files that the hub has."""
-    tiny, folder = Path(TINY), folder
+    tiny = Path(TINY)
     folder.mkdir(parents=True)
     for name in ("model.safetensors", "tokenizer.json"):
         shutil.copy(tiny / name, folder / name)
-    ours = json.loads((tiny / "config.json").read_text())
+    model = read("tokenizer.json")["model"]
+    template = (tiny / "chat_template.jinja").read_text()
+    objects = {
+        "config.json": published_config(read("config.json")),
+        "generation_config.json": read("generation_config.json") | GENERATION,
+        "preprocessor_config.json": PREPROCESSOR,
+        "chat_template.json": {"chat_template": template},
+        "tokenizer_config.json": published_tokenizer(read("tokenizer.json"), template),
+        "vocab.json": model["vocab"],
+    }
+    for name, value in objects.items():
+        (folder / name).write_text(json.dumps(value, indent=2))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
+    return folder
+
+
+def read(name: str) -> dict:
+    return json.loads((Path(TINY) / name).read_text())
+
+
+def published_config(ours: dict) -> dict:
+    """Tiny's config.json in the 4.x form: flat, with the rotary options apart."""
     text, rope = ours["text_config"], ours["text_config"]["rope_parameters"]
     vision = {key: ours["vision_config"][key] for key in ours["vision_config"] if "rope" not in key}
     vision["in_chans"] = vision.pop("in_channels")
-    config = {
+    return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         **{key: text[key] for key in TEXT},
         **{key: ours[key] for key in IDS},
@@ -86,13 +108,13 @@ def published_layout(folder: Path) -> Path:
         "transformers_version": "4.41.2",
         "vision_config": vision,
     }
-    model = json.loads((tiny / "tokenizer.json").read_text())["model"]
-    template = (tiny / "chat_template.jinja").read_text()
-    stops = json.loads((tiny / "generation_config.json").read_text())
-    added = json.loads((tiny / "tokenizer.json").read_text())["added_tokens"]
-    tokenizer = {
+
+
+def published_tokenizer(ours: dict, template: str) -> dict:
+    """A tokenizer_config.json in the 4.x form, with the added tokens of tiny's tokenizer.json."""
+    return {
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(token.pop("id")): token for token in added},
+        "added_tokens_decoder": {str(token.pop("id")): token for token in ours["added_tokens"]},
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>"],
         "bos_token": None,
         "chat_template": template,
@@ -106,19 +128,6 @@ def published_layout(folder: Path) -> Path:
         "unk_token": None,
         "add_bos_token": False,
     }
-    objects = {
-        "config.json": config,
-        "generation_config.json": stops | GENERATION,
-        "preprocessor_config.json": PREPROCESSOR,
-        "chat_template.json": {"chat_template": template},
-        "tokenizer_config.json": tokenizer,
-        "vocab.json": model["vocab"],
-    }
-    for name, value in objects.items():
-        (folder / name).write_text(json.dumps(value, indent=2))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
-    return folder
 
 
 def git_blob(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""config.py: every knob, and what the command line accepts of it."""
+"""config.py: every option, and what the command line accepts of it."""
 
 import dataclasses
 from pathlib import Path
@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_every_knob_is_in_the_help(monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")  # no line breaks inside a default
     text = make_parser().format_help()
-    for knob in dataclasses.fields(Config):
-        assert "--" + knob.name.replace("_", "-") in text
-        assert f"default: {knob.default}" in text
+    for option in dataclasses.fields(Config):
+        assert "--" + option.name.replace("_", "-") in text
+        assert f"default: {option.default}" in text
 
 
 def test_the_papers_defaults():
@@ -31,10 +31,10 @@ def test_the_papers_defaults():
 
 def test_every_float_has_limits():
     """What is too large for fp32 is told before the start, not by a traceback in the run."""
-    for knob in dataclasses.fields(Config):
-        if knob.type is float and knob.name not in ("min_size", "max_size"):  # ShapeSpec knows
+    for option in dataclasses.fields(Config):
+        if option.type is float and option.name not in ("min_size", "max_size"):  # ShapeSpec knows
             with pytest.raises(ValueError, match="must be"):
-                config_of("--" + knob.name.replace("_", "-"), "1e38")
+                config_of("--" + option.name.replace("_", "-"), "1e38")
 
 
 def test_flags_win_over_the_preset_and_the_preset_over_defaults():

@@ -11,7 +11,7 @@ from conftest import TINY, config_of
 from PIL import Image
 
 import evaluate
-from evaluate import Answer, groups_of, summarize, table, wilson_interval
+from evaluate import Answer, groups_of, summarize, summary_table, wilson_interval
 from rewards import score
 from shapes import Shape
 
@@ -69,16 +69,16 @@ def test_groups_are_the_classes_and_the_thirds_by_area():
         "large": 3,
     }
     assert max(a.shape.area for a in groups["small"]) < min(a.shape.area for a in groups["large"])
-    lines = table({name: summarize(group) for name, group in groups.items()}).splitlines()
+    lines = summary_table({name: summarize(group) for name, group in groups.items()}).splitlines()
     assert len(lines) == 7
     assert len({len(line) for line in lines}) == 1
 
 
 def test_the_command(tmp_path, capsys):
-    report, picture = tmp_path / "report.json", tmp_path / "picture.png"
+    write_results, picture = tmp_path / "write_results.json", tmp_path / "picture.png"
     flags = ["--examples", "6", "--batch-size", "4", "--rotate", "--max-new-tokens", "48"]
-    evaluate.main([TINY, *flags, "--json", str(report), "--plot", str(picture)])
-    numbers = json.loads(report.read_text())
+    evaluate.main([TINY, *flags, "--json", str(write_results), "--plot", str(picture)])
+    numbers = json.loads(write_results.read_text())
     assert numbers["summaries"]["all"]["examples"] == len(numbers["answers"]) == 6
     assert {"shape", "text", "reward"} == numbers["answers"][0].keys()
     assert "max_rotation=45.0" in capsys.readouterr().out
@@ -197,7 +197,7 @@ def test_each_output_fails_alone(tmp_path, monkeypatch, capsys):
     path, picture = tmp_path / "numbers.json", tmp_path / "a$_^$b.png"
     evaluate.main([TINY, "--json", str(path), "--plot", str(picture)])
     assert picture.exists()  # its title is no formula
-    for name in ("draw", "write_json"):
+    for name in ("plot_answers", "write_json"):
         with monkeypatch.context() as broken:
             broken.setattr(evaluate, name, lambda *_, **__: 1 / 0)
             path.unlink(), picture.unlink()
@@ -207,7 +207,7 @@ def test_each_output_fails_alone(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2
         assert "all          1" in output.out
         assert "cannot be written: division by zero" in output.err
-        assert [path.exists(), picture.exists()] == [name == "draw", name == "write_json"]
+        assert [path.exists(), picture.exists()] == [name == "plot_answers", name == "write_json"]
         path.touch(), picture.touch()
 
 

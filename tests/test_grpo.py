@@ -12,18 +12,18 @@ import torch
 from conftest import random_completions, scored
 
 import grpo
+from engine.batching import ALL_LAYERS, PassSize
 from engine.sampling import Sampler
 from grpo import (
     LOSSES,
-    Passes,
     Rollout,
+    add_reference_logprobs,
     backward,
     collect_rollout,
     group_advantages,
     grpo_loss,
     has_spread,
     k3_kl,
-    score_reference,
     sync_reference,
     token_weights,
     update,
@@ -32,7 +32,7 @@ from grpo import (
 OPTIONS = {
     "loss": "grpo",
     "inner_epochs": 1,
-    "passes": Passes(micro_batch=3, checkpoint_layers=0),
+    "pass_size": PassSize(micro_batch=3, checkpoint_layers=0),
     "temperature": 0.8,
     "beta": 0.1,
     "clip_eps": 0.2,
@@ -224,8 +224,8 @@ def test_a_rollout_belongs_together(loaded, prompts):
 
 
 def test_micro_batches_are_the_rollout_in_parts(loaded, prompts):
-    rollout = score_reference(
-        loaded.reference, collect(loaded, prompts), passes=Passes(3), temperature=0.8
+    rollout = add_reference_logprobs(
+        loaded.reference, collect(loaded, prompts), pass_size=PassSize(3), temperature=0.8
     )
     parts = list(rollout.micro_batches(2))
     assert [len(part.prompts) for part in parts] == [2, 1]
@@ -252,7 +252,9 @@ def test_sampling_and_scoring_use_the_same_temperature(loaded, prompts):
 
 def test_kl_is_exactly_zero_at_the_first_step(loaded, prompts):
     rollout = collect(loaded, prompts)
-    rollout = score_reference(loaded.reference, rollout, passes=Passes(3), temperature=0.8)
+    rollout = add_reference_logprobs(
+        loaded.reference, rollout, pass_size=PassSize(3), temperature=0.8
+    )
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
     stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
     assert stats["kl"] == 0.0
@@ -274,7 +276,7 @@ def test_micro_batches_give_the_gradient_of_one_batch(model, prompts, loss):
             model,
             rollout,
             weights,
-            passes=Passes(micro_batch, checkpoint_layers=1),
+            pass_size=PassSize(micro_batch, checkpoint_layers=1),
             temperature=1.0,
             beta=0.1,
             clip_eps=0.2,
@@ -298,8 +300,8 @@ def test_the_gradient_waits_for_nothing(model, prompts):
     rollout = replace(rollout, prompts=prompts.to("meta"), **tensors)
     weights = token_weights(rollout.completion_mask, loss="grpo", max_new_tokens=16)
     options = {"temperature": 1.0, "beta": 0.1, "clip_eps": 0.2, "clip_eps_high": 0.2}
-    passes = Passes(micro_batch=2, checkpoint_layers=1)
-    backward(model.to("meta"), rollout, weights, passes=passes, **options)
+    pass_size = PassSize(micro_batch=2, checkpoint_layers=1)
+    backward(model.to("meta"), rollout, weights, pass_size=pass_size, **options)
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -386,18 +388,20 @@ def test_when_memory_runs_out_smaller_passes_give_the_same_gradient(loaded, prom
 
     def scored_rollout():
         rollout = collect(loaded, prompts)
-        return score_reference(loaded.reference, rollout, passes=Passes(3), temperature=0.8)
+        return add_reference_logprobs(
+            loaded.reference, rollout, pass_size=PassSize(3), temperature=0.8
+        )
 
     expected = update(loaded.policy, optimizer, scored_rollout(), **OPTIONS)
     rollout = scored_rollout()
     failing, seen = out_of_memory(1, grpo.completion_logprobs)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
-    passes = Passes(micro_batch=2, checkpoint_layers=0)
+    pass_size = PassSize(micro_batch=2, checkpoint_layers=0)
     with pytest.warns(UserWarning, match="--micro-batch 1 and every layer checkpointed"):
-        stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "passes": passes})
+        stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "pass_size": pass_size})
     assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
-    assert seen == [(2, 0), (1, 0)] + [(1, grpo.ALL_LAYERS)] * 3
-    assert (passes.micro_batch, passes.shrunk) == (1, True)
+    assert seen == [(2, 0), (1, 0)] + [(1, ALL_LAYERS)] * 3
+    assert (pass_size.micro_batch, pass_size.reduced) == (1, True)
 
 
 def test_memory_may_run_out_in_the_vision_tower(loaded, prompts):
@@ -411,19 +415,23 @@ def test_memory_may_run_out_in_the_vision_tower(loaded, prompts):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     loaded.policy.model.visual.patch_embed.proj.weight.register_hook(fail_once)
-    passes = Passes(micro_batch=2, checkpoint_layers=0)
+    pass_size = PassSize(micro_batch=2, checkpoint_layers=0)
     with pytest.warns(UserWarning, match="out of memory"):
-        stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "passes": passes})
+        stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "pass_size": pass_size})
     assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
 
 
 def test_the_reference_is_scored_in_smaller_passes_too(loaded, prompts, monkeypatch):
     rollout = collect(loaded, prompts)
-    whole = score_reference(loaded.reference, rollout, passes=Passes(3), temperature=0.8)
+    whole = add_reference_logprobs(
+        loaded.reference, rollout, pass_size=PassSize(3), temperature=0.8
+    )
     failing, seen = out_of_memory(1, grpo.completion_logprobs)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
     with pytest.warns(UserWarning, match="out of memory"):
-        parts = score_reference(loaded.reference, rollout, passes=Passes(2), temperature=0.8)
+        parts = add_reference_logprobs(
+            loaded.reference, rollout, pass_size=PassSize(2), temperature=0.8
+        )
     torch.testing.assert_close(parts.ref_logprobs, whole.ref_logprobs, rtol=0, atol=1e-12)
     assert [size for size, _ in seen] == [2, 1, 1, 1, 1]
 
@@ -432,8 +440,8 @@ def failing_once(loaded, prompts, monkeypatch, error):
     """The passes that are tried, and a call that scores the reference, whose second pass fails."""
     failing, seen = out_of_memory(1, grpo.completion_logprobs, error)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
-    rollout, options = collect(loaded, prompts), {"passes": Passes(2), "temperature": 0.8}
-    return seen, partial(score_reference, loaded.reference, rollout, **options)
+    rollout, options = collect(loaded, prompts), {"pass_size": PassSize(2), "temperature": 0.8}
+    return seen, partial(add_reference_logprobs, loaded.reference, rollout, **options)
 
 
 @pytest.mark.parametrize("error", NO_WORKSPACE)
@@ -465,7 +473,7 @@ def test_memory_that_runs_out_again_is_an_error(loaded, prompts, monkeypatch):
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
     told = pytest.warns(UserWarning, match="out of memory")
     with told, pytest.raises(torch.OutOfMemoryError):
-        score_reference(loaded.reference, rollout, passes=Passes(2), temperature=0.8)
+        add_reference_logprobs(loaded.reference, rollout, pass_size=PassSize(2), temperature=0.8)
 
 
 def test_the_gradient_norm_is_that_before_clipping(loaded, prompts):

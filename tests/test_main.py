@@ -19,10 +19,11 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import evaluate
 import main
-from config import Config
+from config import Config, workload_of
 from engine.attention import IMPLEMENTATION
+from engine.batching import PassSize
 from engine.loading import load, use_own_attention
-from harness.runlog import new_run, read_lines
+from harness.runlog import create_run, read_lines
 from main import learning_rate
 from shapes import ShapeSpec, make_example
 
@@ -44,16 +45,16 @@ SMALL = [
 # --- steps --------------------------------------------------------------------------------
 
 
-def test_every_knob_is_read():
-    """Each name occurs as `config.name`, or by name in a call that passes knobs on."""
-    tree = ast.parse(inspect.getsource(main) + inspect.getsource(Config))
-    read = set(main.UPDATE_KNOBS)
+def test_every_option_is_read():
+    """Each name occurs as `config.name`, or by name in a call of `config.pick`."""
+    tree = ast.parse("".join(map(inspect.getsource, (main, Config, workload_of))))
+    read = set(main.UPDATE_OPTIONS)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("config", "self"):
             read.add(node.attr)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pick":
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "pick":
             read |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
-    assert {knob.name for knob in dataclasses.fields(Config)} - read == set()
+    assert {option.name for option in dataclasses.fields(Config)} - read == set()
 
 
 def test_a_step_lets_go_of_what_it_has_seen():
@@ -67,10 +68,10 @@ def test_a_step_lets_go_of_what_it_has_seen():
         main.make_sampler(config, loaded),
         loaded,
         main.make_optimizer(config, loaded.policy),
-        main.Passes(micro_batch=1),
+        PassSize(micro_batch=1),
     )
     assert len(rollout.texts) == 4
-    assert rollout.prompts.visual is None
+    assert rollout.prompts.image_features is None
 
 
 def test_a_run_is_never_overwritten(tmp_path, capsys):
@@ -88,8 +89,8 @@ def test_the_learning_rate_warms_up_from_the_first_step():
 
 def test_each_step_has_its_own_examples(processor):
     config = config_of("--preset", "tiny", "--prompts-per-step", "3")
-    batches = main.Batches(config, processor)
-    indices = [[example.index for example in batches[step][0]] for step in range(2)]
+    batches = [main.make_batch(config, processor, 0, step) for step in range(2)]
+    indices = [[example.index for example in examples] for examples, _ in batches]
     assert indices == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -118,7 +119,7 @@ def test_held_out_answers_are_judged_by_the_runs_own_reward(tmp_path, monkeypatc
 
 
 def test_completions_are_judged_by_the_runs_own_reward(processor):
-    examples, _ = main.Batches(config_of("--preset", "tiny"), processor)[0]
+    examples, _ = main.make_batch(config_of("--preset", "tiny"), processor, 0, 0)
     half_off = f"<answer>{examples[1].area / 2:.2f}</answer>"
     for flags, expected in (((), 0.0), (("--correctness", "log"), -3.0)):
         reward = main.judge(config_of(*flags), examples, half_off, 1)
@@ -138,7 +139,9 @@ def run_main(tmp_path: Path, *flags: str) -> Path:
 
 
 def train(config: Config, loaded, folder: Path):
-    main.train(config, loaded, new_run([folder], config=dataclasses.asdict(config), device="cpu"))
+    main.train(
+        config, loaded, create_run([folder], config=dataclasses.asdict(config), device="cpu")
+    )
 
 
 def test_a_whole_run(tmp_path):

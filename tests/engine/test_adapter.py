@@ -28,11 +28,12 @@ from test_sampling import both_kinds, make_sampler, stock_generate
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import main
+from engine.batching import PassSize
 from engine.loading import Loaded, add_adapter, load, trainable
 from engine.model_files import ModelError
 from engine.sizes import ADAPTED, shape_config, trained_count
 from evaluate import main as evaluate
-from grpo import backward, grpo_loss, score_reference, token_weights, update
+from grpo import add_reference_logprobs, backward, grpo_loss, token_weights, update
 from harness.checkpoint import checkpoints_of
 from harness.runlog import read_lines
 
@@ -139,8 +140,8 @@ def test_an_update_moves_the_adapter_and_nothing_else(adapted, prompts):
     optimizer = torch.optim.SGD(trainable(adapted.policy), lr=1e-2)
     rollout = collect(adapted, prompts)
     with adapted.as_reference() as reference:
-        rollout = score_reference(
-            reference, rollout, passes=OPTIONS["passes"], temperature=OPTIONS["temperature"]
+        rollout = add_reference_logprobs(
+            reference, rollout, pass_size=OPTIONS["pass_size"], temperature=OPTIONS["temperature"]
         )
     stats = update(adapted.policy, optimizer, rollout, **OPTIONS)
     assert stats["kl"] > 0.01
@@ -170,10 +171,13 @@ def test_an_image_goes_through_a_vision_tower_once_a_step(loaded, prompts, froze
     """In micro-batches too; through the reference's not at all, if both have the same."""
     loaded.policy.model.visual.requires_grad_(not frozen)
     by_policy, by_reference = images_seen(loaded.policy), images_seen(loaded.reference)
-    options = OPTIONS | {"passes": main.Passes(micro_batch=2, checkpoint_layers=0)}
+    options = OPTIONS | {"pass_size": PassSize(micro_batch=2, checkpoint_layers=0)}
     rollout = collect(loaded, prompts)
-    rollout = score_reference(
-        loaded.reference, rollout, passes=options["passes"], temperature=OPTIONS["temperature"]
+    rollout = add_reference_logprobs(
+        loaded.reference,
+        rollout,
+        pass_size=options["pass_size"],
+        temperature=OPTIONS["temperature"],
     )
     update(loaded.policy, torch.optim.SGD(trainable(loaded.policy)), rollout, **options)
     assert len(by_policy) == len(prompts)
@@ -191,12 +195,12 @@ def test_what_was_seen_once_gives_the_gradients_of_a_look_in_every_pass(
     mask = rollout.completion_mask
     weights = token_weights(mask, loss="grpo", max_new_tokens=16).double()
     options = {"beta": 0.0, "clip_eps": 0.2, "clip_eps_high": 0.2}
-    passes = main.Passes(micro_batch, checkpoint_layers=1)
-    backward(policy, rollout, weights, passes=passes, temperature=0.7, **options)
+    pass_size = PassSize(micro_batch, checkpoint_layers=1)
+    backward(policy, rollout, weights, pass_size=pass_size, temperature=0.7, **options)
     own = {name: parameter.grad for name, parameter in policy.named_parameters()}
     policy.zero_grad(set_to_none=True)
-    unseen = rollout.prompts.unseen()
-    logprobs = scored(policy, unseen, rollout.completion_ids, mask, temperature=0.7)
+    without_image_features = rollout.prompts.without_image_features()
+    logprobs = scored(policy, without_image_features, rollout.completion_ids, mask, temperature=0.7)
     grpo_loss(logprobs, rollout, weights, **options)[0].backward()
     for name, parameter in policy.named_parameters():
         if frozen and name.startswith("model.visual"):

@@ -30,7 +30,7 @@ from cold_start import main as cold_start
 from engine import model_files
 from engine.loading import check_files, load
 from engine.model_files import ModelError, parameter_of
-from engine.prompts import encode
+from engine.prompts import encode_prompts
 from engine.sampling import stop_ids
 from engine.sizes import empty_model, shape_config
 from harness.memory import TEXT_TOKENS
@@ -141,7 +141,7 @@ def served_answers(model, folder: Path, count: int) -> list[str]:
         example = evaluate.make_example(
             evaluate.ShapeSpec(), seed=0, split="eval", index=index, image_size=84
         )
-        prompts = encode(
+        prompts = encode_prompts(
             processor,
             [example.image],
             system=SYSTEM_MESSAGE,

@@ -23,11 +23,13 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import grpo
 import main
+from config import workload_of
+from engine.batching import PassSize
 from engine.loading import load
-from engine.parallel import launched, process_index
-from harness import checkpoint
+from engine.parallel import connect, launched, process_index
+from harness import checkpoint, runs
 from harness.checkpoint import CheckpointError, checkpoints_of
-from harness.memory import estimate, held
+from harness.memory import estimate, resident_bytes
 from harness.runlog import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +58,7 @@ def one_step(loss: str) -> dict:
     with torch.no_grad():
         loaded.reference.lm_head.weight.mul_(1.1)  # so that there is a KL
     optimizer = Noted(loaded.policy.parameters(), lr=0.0)
-    examples, prompts = main.Batches(config, loaded.processor)[3]
+    examples, prompts = main.make_batch(config, loaded.processor, process_index(), 3)
     prompts = replace(prompts, pixel_values=prompts.pixel_values.double())
     metrics = main.take_step(
         config,
@@ -65,7 +67,7 @@ def one_step(loss: str) -> dict:
         main.make_sampler(config, loaded),
         loaded,
         optimizer,
-        grpo.Passes(micro_batch=1),
+        PassSize(micro_batch=1),
     )[2]
     return {
         "indices": [example.index for example in examples],
@@ -123,7 +125,7 @@ def work(folder: Path) -> None:
     """Make a step with each loss, save and restore, begin a run, go on with one of one process."""
     faulthandler.dump_traceback_later(300, exit=True)  # who waits for the other in vain, and where
     torch.set_num_threads(1)
-    main.join(on_cpu=True)
+    connect(on_cpu=True)
     results = {loss: one_step(loss) for loss in grpo.LOSSES}
     results |= save_and_restore(folder)
     torch.save(results, folder / f"results-{process_index()}.pt")
@@ -289,17 +291,16 @@ def test_what_runs_in_one_process_says_so(monkeypatch, capsys, command):
 
 
 def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch):
-    monkeypatch.setattr(main, "process_count", lambda: 3)
-    config = config_of(*FLAGS.split())
+    monkeypatch.setattr(runs, "process_count", lambda: 3)
     with pytest.raises(ValueError, match="--prompts-per-step 4: must be a multiple of the 3 proc"):
-        main.meet(config)
+        runs.connect_processes(4, on_cpu=True)
 
 
 def test_processes_share_prompts_and_optimizer_in_the_memory_table():
-    work = main.work_of(config_of("--prompts-per-step", "8", "--micro-batch", "8"))
+    work = workload_of(config_of("--prompts-per-step", "8", "--micro-batch", "8"))
     alone, shared = (replace(work, processes=count) for count in (1, 4))
-    for name, size in held(alone).items():
-        assert held(shared)[name] == (
+    for name, size in resident_bytes(alone).items():
+        assert resident_bytes(shared)[name] == (
             size // 4 if name in ("optimizer", "key-value cache") else size
         )
     whole, part = (estimate(each, free=None).sizes["vision tower"] for each in (alone, shared))

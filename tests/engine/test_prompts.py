@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, make_prompts, stock
 from transformers import AutoConfig
 
-from engine.prompts import embed_prompts, encode, encode_text
+from engine.prompts import embed_prompts, encode_prompts, encode_text
 from rewards import SYSTEM_MESSAGE, make_prompt
 from shapes import ShapeSpec, make_example
 
@@ -16,12 +16,12 @@ def test_images_of_two_sizes_are_refused(processor):
         for size in (84, 112)
     ]
     with pytest.raises(ValueError, match="one size"):
-        encode(processor, images, system="s", prompt="p")
+        encode_prompts(processor, images, system="s", prompt="p")
 
 
 def test_a_224_pixel_image_is_64_tokens(processor):
     example = make_example(ShapeSpec(), seed=0, split="train", index=0)
-    prompts = encode(processor, [example.image], system="s", prompt="p")
+    prompts = encode_prompts(processor, [example.image], system="s", prompt="p")
     image_token = AutoConfig.from_pretrained(TINY).image_token_id
     assert (prompts.input_ids == image_token).sum() == 64
 
@@ -42,7 +42,7 @@ def test_prompts_are_what_the_processor_makes_of_whole_chats(processor):
     ]
     text = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     whole = processor(text=text, images=images, return_tensors="pt")
-    own = encode(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt())
+    own = encode_prompts(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt())
     assert torch.equal(own.input_ids, whole["input_ids"])
     assert torch.equal(own.mm_token_type_ids, whole["mm_token_type_ids"])
     assert torch.equal(own.pixel_values.flatten(0, 1), whole["pixel_values"])
@@ -62,7 +62,7 @@ def test_embeddings_and_positions_are_those_of_transformers(model, processor, si
         make_example(ShapeSpec(), seed=1, split="train", index=i, image_size=size).image
         for i in range(3)
     ]
-    prompts = encode(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt())
+    prompts = encode_prompts(processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt())
     twin = stock(model).model
     embeds, positions, first = embed_prompts(model, prompts)
     features = twin.get_image_features(prompts.pixel_values.flatten(0, 1), prompts.image_grid_thw)

@@ -56,9 +56,9 @@ class Tape(TorchDispatchMode):
 class RecordedSampler(Sampler):
     """Takes the path of a GPU: the first step is recorded, all steps are replays."""
 
-    def fastest_step(self):
-        self.drawn.fill_(1)
-        return Tape(self.step)
+    def fastest_decode_step(self):
+        self.sampled.fill_(1)
+        return Tape(self.decode_step)
 
 
 def make_sampler(model, kind=Sampler, max_new_tokens=12) -> Sampler:
@@ -203,13 +203,13 @@ def test_rows_that_have_ended_are_left_out(model, prompts, monkeypatch):
     """Those that go on move within the caches: they read their own prompt, draw their own noise."""
     model.generation_config.eos_token_id = list(range(0, 486, 8))  # every eighth token is a stop
     decoded = []
-    draw = Sampler.draw
+    draw = Sampler.sample_token
 
     def counting(self, hidden):
         decoded.append(len(hidden))
         return draw(self, hidden)
 
-    monkeypatch.setattr(Sampler, "draw", counting)
+    monkeypatch.setattr(Sampler, "sample_token", counting)
     drawn = sample(model, prompts, group_size=4, max_new_tokens=24)
     assert decoded == [
         sum(length > before for length in drawn.lengths) for before in range(max(drawn.lengths))
@@ -294,28 +294,28 @@ def test_reading_prompts_and_decoding_wait_for_nothing(model, prompts):
     sampler = make_sampler(model.to("meta"))
     with torch.no_grad():
         sampler.make_buffers(6, prompts.input_ids.shape[1])
-        hidden = sampler.read(prompts.to("meta"), group_size=2)
-        sampler.draw(hidden)
-        assert sampler.step().shape == (6, model.config.text_config.vocab_size)
+        hidden = sampler.prefill(prompts.to("meta"), group_size=2)
+        sampler.sample_token(hidden)
+        assert sampler.decode_step().shape == (6, model.config.text_config.vocab_size)
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(sampler.finished.all())
 
 
 class Replayed:
-    """What `Recording` is on a GPU, without a GPU: calling it takes the step."""
+    """What `CapturedGraph` is on a GPU, without a GPU: calling it takes the step."""
 
     def __init__(self, step):
-        self.step = step
+        self.decode_step = step
 
     def __call__(self):
-        return self.step()
+        return self.decode_step()
 
 
 class Misreplayed(Replayed):
     """A recording that holds on to something old."""
 
     def __call__(self):
-        return self.step().roll(1, 0)
+        return self.decode_step().roll(1, 0)
 
 
 def no_graphs(step):
@@ -330,8 +330,18 @@ def no_compiler():
     ("recording", "compiler", "kept", "warning"),
     [
         (Replayed, lambda: sampling.call_layer, "Replayed", None),
-        (Misreplayed, lambda: sampling.call_layer, "step", "a CUDA graph of the decoding step: it"),
-        (no_graphs, lambda: sampling.call_layer, "step", "step: RuntimeError: operation not"),
+        (
+            Misreplayed,
+            lambda: sampling.call_layer,
+            "decode_step",
+            "a CUDA graph of the decoding step: it",
+        ),
+        (
+            no_graphs,
+            lambda: sampling.call_layer,
+            "decode_step",
+            "step: RuntimeError: operation not",
+        ),
         (Replayed, no_compiler, "Replayed", "layers: RuntimeError: Failed to find C compiler"),
     ],
 )
@@ -341,7 +351,7 @@ def test_on_a_gpu_the_step_is_as_fast_as_can_be_trusted(
     """A GPU is pretended, and what it might do; the completions are right in any case."""
     plain = sample(model, prompts)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
-    monkeypatch.setattr(sampling, "Recording", recording)
+    monkeypatch.setattr(sampling, "CapturedGraph", recording)
     monkeypatch.setattr(sampling, "compile_layer", compiler)
     monkeypatch.setattr(fastpath, "VERDICTS", {})
     sampler = make_sampler(model)
@@ -413,7 +423,7 @@ def at_first_step(processor):
     prompts = make_prompts(processor, 2)
     with torch.no_grad():
         sampler.make_buffers(4, prompts.input_ids.shape[1])
-        sampler.read(prompts, 2)
+        sampler.prefill(prompts, 2)
     return sampler
 
 
@@ -429,9 +439,12 @@ def test_a_compiled_layer_that_rounds_elsewhere_is_trusted(at_first_step, monkey
     assert off_by(sampler, rounding_elsewhere, monkeypatch) <= 0
     assert off_by(sampler, call_layer, monkeypatch) <= 0
     with torch.no_grad():
-        plain = sampler.try_step(sampler.step)
+        plain = sampler.try_decode_step(sampler.decode_step)
         monkeypatch.setattr(sampler, "run_layer", rounding_elsewhere)
-        assert relative_difference(sampler.try_step(sampler.step), plain) > fastpath.TOLERANCE
+        assert (
+            relative_difference(sampler.try_decode_step(sampler.decode_step), plain)
+            > fastpath.TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("wrong", [with_wrong_mask, with_wrong_positions, in_the_wrong_slot])
@@ -442,7 +455,7 @@ def test_a_compiled_layer_that_is_wrong_is_noticed(at_first_step, monkeypatch, w
 def test_more_shapes_than_the_compiler_allows(model, prompts, monkeypatch):
     """A program that varies the group: more than 8 in one process would be refused."""
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
-    monkeypatch.setattr(sampling, "Recording", Replayed)
+    monkeypatch.setattr(sampling, "CapturedGraph", Replayed)
     monkeypatch.setattr(fastpath, "VERDICTS", {})
     options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
     monkeypatch.setattr(
@@ -487,7 +500,7 @@ def test_a_recording_that_fails_leaves_stream_and_pool_as_they_were(monkeypatch,
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
     with pytest.raises(RuntimeError, match="previous error during capture"):
-        sampling.Recording(lambda: torch.zeros(1))
+        sampling.CapturedGraph(lambda: torch.zeros(1))
     assert current == [main_stream]
     assert events == [("begin", (0, 7)), ("end", (0, 7))]
 

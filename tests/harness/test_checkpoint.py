@@ -14,11 +14,11 @@ from engine.loading import load
 from harness import checkpoint
 from harness.checkpoint import (
     CheckpointError,
+    atomic_folder,
     checkpoints_of,
     restore,
     save,
     save_final,
-    whole_folder,
 )
 from main import make_optimizer
 
@@ -166,9 +166,9 @@ def test_the_room_asked_for_is_what_is_written(tmp_path, dtype, with_optimizer, 
 
 def test_what_fails_half_way_leaves_everything_as_it_was(tmp_path):
     folder = tmp_path / "some"
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         (partial / "file").write_text("old")
-    with pytest.raises(ZeroDivisionError), whole_folder(folder) as partial:
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder) as partial:
         (partial / "file").write_text("new")
         _ = 1 / 0
     assert (folder / "file").read_text() == "old"

@@ -25,8 +25,10 @@ from conftest import TINY, config_of
 import evaluate
 import grpo
 import main
-from harness import checkpoint
-from harness.runlog import RunError, RunLog, new_run
+from config import workload_of
+from harness import checkpoint, runs
+from harness.memory import disk_needs
+from harness.runlog import RunError, RunLog, create_run
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
@@ -117,7 +119,7 @@ def test_wherever_it_dies_a_run_goes_on_bit_for_bit(
         start(tmp_path, "killed")
     monkeypatch.undo()
     resume(tmp_path / "killed")
-    assert f"goes on after {goes_on_after} steps" in capsys.readouterr().out
+    assert f"resuming after {goes_on_after} steps" in capsys.readouterr().out
     assert faults.is_same(tmp_path / "killed", whole)
     left = {path.name for path in (tmp_path / "killed").glob("**/.*")}
     assert left == set()
@@ -218,7 +220,7 @@ def test_after_a_resume_the_weights_of_most_steps_are_evaluated(whole, tmp_path,
         resume(run, "--steps", "9")
     kill.undo()
     gc.collect()
-    assert f"{run / 'final'}: is of an earlier step" in capsys.readouterr().out
+    assert f"{run / 'final'}: holds an earlier step" in capsys.readouterr().out
     numbers = tmp_path / "numbers.json"
     flags = ["--examples", "2", "--json", str(numbers), "--plot", str(tmp_path / "x.png")]
     for target, weights, steps_done in (
@@ -276,7 +278,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise RunError("--report-to tensorboard: no account")
 
-    monkeypatch.setattr(main, "Tracker", fail)
+    monkeypatch.setattr(runs, "Tracker", fail)
     flags = [*FLAGS.split(), "--runs", str(tmp_path), "--report-to", "tensorboard"]
     for name in ([], ["--name", "named"]):
         assert "no account" in refused(capsys, *flags, *name)
@@ -323,7 +325,7 @@ def test_a_checkpoint_is_not_a_run(whole, capsys):
 
 
 def test_what_to_type_is_written_as_a_shell_reads_it(tmp_path):
-    assert f"--resume '{tmp_path}/my run'" in main.how_to_go_on(tmp_path / "my run")
+    assert f"--resume '{tmp_path}/my run'" in runs.how_to_resume(tmp_path / "my run")
 
 
 def edit_config(run: Path, **changes) -> None:
@@ -354,7 +356,7 @@ def newest_of(run: Path) -> Path:
         (lambda run: edit_config(run, steps="many"), "steps must be of type int, not 'many'"),
         (lambda run: edit_config(run, beta=-1.0), "--beta -1.0: must be at least 0"),
         (lambda run: edit_config(run, loss="ppo"), "--loss ppo: must be one of"),
-        (lambda run: edit_config(run, future=1), "future is not a knob of this version"),
+        (lambda run: edit_config(run, future=1), "future is not a option of this version"),
         (lambda run: edit_line(run, 1, "{"), "metrics.jsonl: line 2 is damaged"),
         (lambda run: edit_line(run, 1, "{}"), "metrics.jsonl: line 2 is damaged"),
         (lambda run: edit_line(run, 1, '{"step": 0}'), "does not hold the 3 steps"),
@@ -392,9 +394,9 @@ def test_a_run_that_another_process_writes(stopped, tmp_path, capsys):
 def test_a_folder_that_cannot_be_made(tmp_path, file_size_limit):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be made"):
-        new_run([tmp_path / "file" / "run"], config={}, device="cpu")
+        create_run([tmp_path / "file" / "run"], config={}, device="cpu")
     with file_size_limit(10), pytest.raises(RunError, match="cannot be made"):
-        new_run([tmp_path / "run"], config={}, device="cpu")
+        create_run([tmp_path / "run"], config={}, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -402,7 +404,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, file_size_limit):
 
 
 def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, file_size_limit, capsys):
-    log = new_run([tmp_path / "run"], config={}, device="cpu")
+    log = create_run([tmp_path / "run"], config={}, device="cpu")
     path = tmp_path / "run" / "metrics.jsonl"
     log.write("metrics", {"step": 0})
     with file_size_limit(path.stat().st_size + 5):
@@ -426,19 +428,23 @@ def test_a_run_goes_on_without_the_checkpoints_that_do_not_fit(
     assert faults.is_same(run, whole)
 
 
+def disk_of(config, place: Path):
+    return disk_needs(workload_of(config), place, **config.disk_options)
+
+
 def test_too_little_room_is_told_at_the_start(tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 60 * 2**20))
     config = config_of(*FLAGS.split(), "--keep", "1")
-    text, has_room = main.disk_needs(config, tmp_path / "run")
-    assert has_room is False  # 2 x 42.7 MiB, a reference in each, and 10.7 MiB
-    assert text == (
-        "Disk: 0.04 GiB a checkpoint, up to 2 at once, and 0.01 GiB for final/; 0.06 GiB are free"
+    needs = disk_of(config, tmp_path / "run")
+    assert needs.has_room is False  # 2 x 42.7 MiB, a reference in each, and 10.7 MiB
+    assert str(needs).startswith(
+        "Disk: 0.04 GiB per checkpoint, up to 2 at once, and 0.01 GiB for final/; 0.06 GiB are free"
     )
     smaller = dataclasses.replace(config, save_optimizer=False)
-    assert main.disk_needs(smaller, tmp_path / "run")[1] is True
+    assert disk_of(smaller, tmp_path / "run").has_room is True
     start(tmp_path, "full", "--steps", "3", "--eval-every", "0")
-    assert "What finds no room is left out" in capsys.readouterr().out
+    assert "A checkpoint that does not fit is skipped" in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_what_it_takes_and_leaves_nothing(tmp_path, capsys):
@@ -447,13 +453,13 @@ def test_a_dry_run_shows_what_it_takes_and_leaves_nothing(tmp_path, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "It fits." in text
-    assert "a checkpoint" in text
+    assert "per checkpoint" in text
     assert not list(tmp_path.iterdir())
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit) as stop:
             main.main(["--dry-run"])
         assert stop.value.code == 2
-        assert "takes a CUDA GPU with 104 GiB free" in capsys.readouterr().out
+        assert "needs a CUDA GPU with 104 GiB free" in capsys.readouterr().out
 
 
 # --- numbers and memory -------------------------------------------------------------------
@@ -542,10 +548,10 @@ def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
         return scoring(*arguments, **options)
 
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
-    told = pytest.warns(UserWarning, match="out of memory: done again, .* --micro-batch 1 and")
+    told = pytest.warns(UserWarning, match="out of memory: trying again, .* --micro-batch 1 and")
     with told, pytest.raises(SystemExit) as stop:
         start(tmp_path, "full", "--micro-batch", "2")
-    assert re.search(r"out of GPU memory\. What takes a tenth less: --[a-z-]+ \w+", stop.value.code)
+    assert re.search(r"out of GPU memory\. To use a tenth less: --[a-z-]+ \w+", stop.value.code)
     lines = faults.curves(tmp_path / "full")["metrics"]
     assert [line["micro_batch"] for line in lines] == [2, 1, 1]
 
@@ -562,7 +568,7 @@ def test_memory_that_runs_out_where_no_smaller_pass_helps(tmp_path, monkeypatch,
     monkeypatch.setattr(owner, name, failing)
     with pytest.raises(SystemExit) as stop:
         start(tmp_path, "full")
-    assert re.search(r"out of GPU memory\. What takes a tenth less: --[a-z-]+ \w+", stop.value.code)
+    assert re.search(r"out of GPU memory\. To use a tenth less: --[a-z-]+ \w+", stop.value.code)
     assert "--micro-batch" not in stop.value.code
     assert "--resume" in stop.value.code
 
@@ -581,13 +587,3 @@ def test_hostile_completions_are_judged_and_logged():
     assert any(len(completion) > 2**20 - 100 for completion in completions)
     for completion in completions:
         faults.judge(completion)
-
-
-def test_a_loader_that_fails_is_told_without_advice_that_may_be_wrong():
-    def batches():
-        raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly\nmore of it")
-        yield
-
-    message = r"the next plots could not be had: .* exited unexpectedly$"
-    with pytest.raises(RunError, match=message):
-        main.next_batch(batches())

@@ -12,29 +12,30 @@ from conftest import ROOT, TINY, config_of, make_prompts
 from pretended_gpu import FAST_FORMS, PretendedGPU, reserved_bytes
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from config import workload_of
 from engine import fastpath, sampling, scoring
+from engine.batching import PassSize
 from engine.fastpath import prepare_gpu
 from engine.loading import Loaded, add_adapter, load, trainable, use_own_attention
 from engine.prompts import Prompts
 from engine.sizes import GIB, shape_config
-from grpo import Passes
 from harness.memory import (
     LORA_RANK,
     Estimate,
-    Work,
-    at_least,
+    Workload,
     cache_bytes,
     estimate,
-    held,
-    moments,
-    table,
+    flags_that_fit,
+    memory_table,
+    minimum_bytes,
+    peaks,
+    resident_bytes,
     trained_bytes,
-    what_would_fit,
 )
-from main import make_optimizer, make_sampler, take_step, work_of
+from main import make_optimizer, make_sampler, take_step
 from shapes import make_example
 
-DEFAULT = Work(
+DEFAULT = Workload(
     model="Qwen/Qwen2.5-VL-7B-Instruct",
     device="cuda",
     dtype="bfloat16",
@@ -55,40 +56,40 @@ def bytes_of(tensors) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_gradients_optimizer_and_reference_are_exact(dtype):
     config = config_of("--preset", "tiny", "--device", "cpu", "--dtype", dtype)
-    sizes = held(work_of(config))
+    sizes = resident_bytes(workload_of(config))
     loaded = load(TINY, device="cpu", dtype=dtype, reference=True)
     optimizer = make_optimizer(config, loaded.policy)
     for parameter in loaded.policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gradients = bytes_of(p.grad for p in loaded.policy.parameters())
-    assert trained_bytes(work_of(config)) == gradients
+    assert trained_bytes(workload_of(config)) == gradients
     optimizer.step()
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]
     assert sizes["optimizer"] == bytes_of(tensor for tensor in states if tensor is not None)
     assert sizes["weights"] == bytes_of(loaded.policy.parameters())
     assert sizes["reference"] == bytes_of(loaded.reference.parameters())
-    assert held(replace(work_of(config), reference=False))["reference"] == 0
-    assert at_least(work_of(config)) == sum(sizes.values()) + gradients
+    assert resident_bytes(replace(workload_of(config), reference=False))["reference"] == 0
+    assert minimum_bytes(workload_of(config)) == sum(sizes.values()) + gradients
 
 
 @pytest.mark.parametrize("flags", [["--lora-rank", "4"], ["--freeze-vision"]])
 def test_what_is_not_trained_takes_its_weights_only(flags):
     config = config_of("--preset", "tiny", "--device", "cpu", *flags)
-    work, sizes = work_of(config), held(work_of(config))
+    workload, sizes = workload_of(config), resident_bytes(workload_of(config))
     options = {"lora_rank": config.lora_rank, "freeze_vision": config.freeze_vision}
     loaded = load(TINY, device="cpu", dtype="float32", reference=True, **options)
     moved = bytes_of(trainable(loaded.policy))
-    assert trained_bytes(work) == moved < sizes["weights"]
+    assert trained_bytes(workload) == moved < sizes["weights"]
     assert sizes["optimizer"] == 2 * moved
     assert sizes["reference"] == (0 if config.lora_rank else sizes["weights"])
-    assert estimate(work, free=None).sizes["vision tower"] == 0
+    assert estimate(workload, free=None).sizes["vision tower"] == 0
 
 
 def test_smaller_passes_do_not_shrink_what_the_vision_tower_keeps():
     """It sees a step's images at once, and keeps that until the last pass is done."""
-    work = work_of(config_of("--preset", "tiny", "--device", "cpu"))
+    workload = workload_of(config_of("--preset", "tiny", "--device", "cpu"))
     whole, parts = (
-        estimate(replace(work, micro_batch=size), free=None).sizes["vision tower"]
+        estimate(replace(workload, micro_batch=size), free=None).sizes["vision tower"]
         for size in (8, 1)
     )
     assert parts == whole > 0
@@ -102,20 +103,20 @@ def test_the_key_value_cache_is_that_of_the_sampler(processor):
     prompts = make_prompts(processor, 3)
     sampler.generate(prompts, group_size=4, temperature=0.0)
     buffers = bytes_of(tensor for cache in sampler.caches for tensor in (cache.keys, cache.values))
-    work = replace(work_of(config), prompts_per_step=3, group_size=4)
-    more_text = work.prompt_tokens - prompts.input_ids.shape[1]
+    workload = replace(workload_of(config), prompts_per_step=3, group_size=4)
+    more_text = workload.prompt_tokens - prompts.input_ids.shape[1]
     assert more_text > 0  # the estimate is for Qwen's vocabulary
-    slots = -(-(work.prompt_tokens + 16) // 8) * 8
-    assert cache_bytes(work) * sampler.caches[0].keys.shape[2] == buffers * slots
+    slots = -(-(workload.prompt_tokens + 16) // 8) * 8
+    assert cache_bytes(workload) * sampler.caches[0].keys.shape[2] == buffers * slots
 
 
 def test_the_default_run_by_hand():
     """8.292 billion parameters, 2 bytes each; 28 layers of 4 heads of 128 for 32 rows of 712."""
-    weights, sizes = 2 * 8_292_166_656, held(DEFAULT)
+    weights, sizes = 2 * 8_292_166_656, resident_bytes(DEFAULT)
     assert sizes["weights"] == sizes["reference"] == trained_bytes(DEFAULT) == weights
     assert sizes["optimizer"] == 3 * weights  # two moments and the compensation, bf16
     assert sizes["key-value cache"] == 32 * 712 * 28 * 2 * 4 * 128 * 2
-    assert sum(sizes.values()) < at_least(DEFAULT) < estimate(DEFAULT, free=None).total
+    assert sum(sizes.values()) < minimum_bytes(DEFAULT) < estimate(DEFAULT, free=None).total
 
 
 PUBLISHED = {  # how the hub's config.json is laid out: the language model's fields on top
@@ -138,11 +139,11 @@ def test_a_folder_in_the_published_layout_is_foreseen(tmp_path, tied):
     """At the first layer all gradients are there but the tower's and untied embeddings'."""
     config = PUBLISHED | {"tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    work = work_of(config_of("--model", str(tmp_path), "--device", "cuda"))
-    gradients = moments(work, kept=0)["of the first layer"]["gradients"]
-    without_tower = trained_bytes(replace(work, freeze_vision=True))
+    workload = workload_of(config_of("--model", str(tmp_path), "--device", "cuda"))
+    gradients = peaks(workload, kept=0)["of the first layer"]["gradients"]
+    without_tower = trained_bytes(replace(workload, freeze_vision=True))
     assert gradients == without_tower - (0 if tied else 2 * 1000 * 64)
-    assert estimate(work, free=None).total > at_least(work)
+    assert estimate(workload, free=None).total > minimum_bytes(workload)
 
 
 # --- the peak, counted ----------------------------------------------------------------------
@@ -170,9 +171,9 @@ def step_on_gpu(flags: list[str], *, gib: float, processes: int = 1, **lengths) 
             for i in range(config.prompts_per_step)
         ]
         batches = iter([(batch, true_prompts(config, loaded.policy))])
-        passes = Passes(config.micro_batch, config.layers_to_checkpoint)
+        pass_size = PassSize(config.micro_batch, config.layers_to_checkpoint)
         gpu.reset_peak()
-        take_step(config, 0, batches, make_sampler(config, loaded), loaded, optimizer, passes)
+        take_step(config, 0, batches, make_sampler(config, loaded), loaded, optimizer, pass_size)
     return gpu
 
 
@@ -225,9 +226,11 @@ def true_prompts(config, policy) -> Prompts:
 )
 def test_the_peak_of_a_step_is_foreseen(flags, gib, processes):
     gpu = step_on_gpu(flags, gib=gib, processes=processes)
-    work = work_of(config_of(*flags, "--device", "cuda", "--dtype", "bfloat16"))
-    work = replace(work, processes=processes, prompts_per_step=work.prompts_per_step * processes)
-    found = estimate(work, free=int(gib * GIB))
+    workload = workload_of(config_of(*flags, "--device", "cuda", "--dtype", "bfloat16"))
+    workload = replace(
+        workload, processes=processes, prompts_per_step=workload.prompts_per_step * processes
+    )
+    found = estimate(workload, free=int(gib * GIB))
     outside = found.sizes["libraries"] + found.sizes["gaps between tensors"]
     assert found.total - outside == pytest.approx(gpu.peak, rel=0.03)
     reserved = reserved_bytes(gpu.history)
@@ -263,23 +266,23 @@ def kept_of(found) -> int:
     return 28 - int(name.split()[2])
 
 
-def forced(work: Work, kept: int) -> Work:
-    return replace(work, layers_to_checkpoint=28 - kept)
+def forced(workload: Workload, kept: int) -> Workload:
+    return replace(workload, layers_to_checkpoint=28 - kept)
 
 
 def test_smaller_passes_take_less_unless_gradients_fill_what_they_leave():
     """Of all weights, those of earlier passes are there when the log-probs' are made."""
     adapters = replace(DEFAULT, lora_rank=LORA_RANK)
-    for work, less in ((adapters, True), (forced(DEFAULT, 28), True), (DEFAULT, False)):
+    for workload, less in ((adapters, True), (forced(DEFAULT, 28), True), (DEFAULT, False)):
         whole, parts = (
-            estimate(replace(work, micro_batch=size), free=None).total for size in (4, 1)
+            estimate(replace(workload, micro_batch=size), free=None).total for size in (4, 1)
         )
         assert (parts < whole) == less
 
 
 @pytest.mark.parametrize("gib", [102, 92, 60, 16])
 def test_what_would_fit_does(gib):
-    flags = what_would_fit(DEFAULT, gib * GIB)
+    flags = flags_that_fit(DEFAULT, gib * GIB)
     changes = {
         "--micro-batch": ("micro_batch", int),
         "--max-new-tokens": ("max_new_tokens", int),
@@ -288,26 +291,26 @@ def test_what_would_fit_does(gib):
         "--lora-rank": ("lora_rank", int),
         "--beta": ("reference", lambda value: float(value) > 0),
     }
-    words, work = flags.split(), DEFAULT
-    assert estimate(work, free=None).total > gib * GIB
+    words, workload = flags.split(), DEFAULT
+    assert estimate(workload, free=None).total > gib * GIB
     for flag, value in zip(words[::2], words[1::2], strict=True):
         name, read = changes[flag]
-        work = replace(work, **{name: read(value)})
-    assert estimate(work, free=None).total <= gib * GIB
+        workload = replace(workload, **{name: read(value)})
+    assert estimate(workload, free=None).total <= gib * GIB
 
 
 def test_what_would_fit_is_the_least():
-    assert what_would_fit(DEFAULT, 102 * GIB) == "--max-new-tokens 256"
-    assert what_would_fit(DEFAULT, 98 * GIB) == "--beta 0"
+    assert flags_that_fit(DEFAULT, 102 * GIB) == "--max-new-tokens 256"
+    assert flags_that_fit(DEFAULT, 98 * GIB) == "--beta 0"
     adapters = replace(DEFAULT, lora_rank=LORA_RANK)
-    assert what_would_fit(adapters, 22 * GIB) == "--micro-batch 1"
-    assert what_would_fit(DEFAULT, 60 * GIB) == f"--lora-rank {LORA_RANK}"
-    assert what_would_fit(DEFAULT, 8 * GIB) is None
+    assert flags_that_fit(adapters, 22 * GIB) == "--micro-batch 1"
+    assert flags_that_fit(DEFAULT, 60 * GIB) == f"--lora-rank {LORA_RANK}"
+    assert flags_that_fit(DEFAULT, 8 * GIB) is None
 
 
 def test_the_readme_shows_what_is_foreseen():
     readme = (ROOT / "README.md").read_text()
-    assert table(estimate(DEFAULT, free=None)) in readme
+    assert memory_table(estimate(DEFAULT, free=None)) in readme
     rows = [line.split("|") for line in readme.splitlines() if re.match(r"\| [37]B \|", line)]
     assert len(rows) == 7
     for _, model, _, flags, gib, _, _ in rows:
@@ -315,12 +318,12 @@ def test_the_readme_shows_what_is_foreseen():
         processes = int(words[0]) if "processes" in words else 1
         flags = ["--prompts-per-step", "8"] if processes > 1 else words
         flags = ["--model", THREE, *flags] if "3B" in model else flags
-        work = replace(work_of(config_of(*flags)), processes=processes)
-        assert float(gib) == pytest.approx(estimate(work, free=None).total / GIB, abs=0.05)
+        workload = replace(workload_of(config_of(*flags)), processes=processes)
+        assert float(gib) == pytest.approx(estimate(workload, free=None).total / GIB, abs=0.05)
 
 
 def test_the_table_adds_up():
-    lines = table(Estimate("of the tower", {"a": 3 * GIB, "b": GIB // 2})).splitlines()
+    lines = memory_table(Estimate("of the tower", {"a": 3 * GIB, "b": GIB // 2})).splitlines()
     assert [line.split() for line in lines] == [
         ["at", "the", "gradient", "of", "the", "tower:"],
         ["a", "3.00", "GiB"],

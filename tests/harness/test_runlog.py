@@ -14,17 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from harness.runlog import (
     RunError,
     RunLog,
-    Stopwatch,
     Tracker,
-    folders_of,
+    create_run,
     git_commit,
-    new_run,
-    resumed_run,
+    numbered_folders,
+    reopen_run,
 )
 
 
 def test_every_record_is_one_line_whatever_it_holds(tmp_path):
-    log = new_run([tmp_path / "run"], config={"seed": 1}, device="cpu")
+    log = create_run([tmp_path / "run"], config={"seed": 1}, device="cpu")
     record = {
         "text": 'a\nb\u2028c\x00"\ud800',
         "loss": float("nan"),
@@ -38,7 +37,7 @@ def test_every_record_is_one_line_whatever_it_holds(tmp_path):
 
 
 def test_config_json_tells_how_the_run_was_made(tmp_path):
-    new_run([tmp_path / "run"], config={"seed": 1}, device="cpu").close()
+    create_run([tmp_path / "run"], config={"seed": 1}, device="cpu").close()
     description = json.loads((tmp_path / "run" / "config.json").read_text())
     assert description["config"] == {"seed": 1}
     assert description["device"] == "cpu"
@@ -69,9 +68,9 @@ def test_the_commit_tells_whether_code_was_changed(tmp_path):
 def test_an_existing_run_is_never_written_to(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(RunError, match="run: exists; runs are never overwritten"):
-        new_run([tmp_path / "run"], config={}, device="cpu")
+        create_run([tmp_path / "run"], config={}, device="cpu")
     for number in (2, 3):
-        log = new_run(folders_of(tmp_path, "run"), config={}, device="cpu")
+        log = create_run(numbered_folders(tmp_path, "run"), config={}, device="cpu")
         assert log.folder == tmp_path / f"run-{number}"
         log.close()
 
@@ -83,7 +82,7 @@ def test_runs_that_begin_together_each_get_a_folder(tmp_path):
     def begin():
         candidates = [tmp_path / f"run-{number}" for number in range(4)]
         looked.wait()
-        log = new_run(candidates, config={}, device="cpu")
+        log = create_run(candidates, config={}, device="cpu")
         log.close()
         folders.append(log.folder.name)
 
@@ -96,7 +95,7 @@ def test_runs_that_begin_together_each_get_a_folder(tmp_path):
 
 
 def test_only_one_process_writes_and_the_orphans_of_a_dead_one_are_waited_for(tmp_path):
-    log = new_run([tmp_path / "run"], config={}, device="cpu")
+    log = create_run([tmp_path / "run"], config={}, device="cpu")
     with pytest.raises(RunError, match="another process is writing this run"):
         RunLog(tmp_path / "run")
     orphan = os.fork()  # as a loader's worker is made
@@ -108,22 +107,11 @@ def test_only_one_process_writes_and_the_orphans_of_a_dead_one_are_waited_for(tm
     os.waitpid(orphan, 0)
 
 
-def test_laps_add_up_and_wait_for_the_device():
-    waits = []
-    watch = Stopwatch(lambda: waits.append(1))
-    start = watch.last
-    for phase in ("a_s", "b_s", "a_s"):
-        watch.lap(phase)
-    assert list(watch.seconds) == ["a_s", "b_s"]
-    assert sum(watch.seconds.values()) == pytest.approx(watch.last - start)
-    assert len(waits) == 3
-
-
 def test_a_tool_that_fails_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("no network")
 
-    log = new_run([tmp_path / "run"], config={}, device="cpu")
+    log = create_run([tmp_path / "run"], config={}, device="cpu")
     log.tracker = Tracker("tensorboard", tmp_path / "run", config={}, on_cpu=True)
     monkeypatch.setattr(log.tracker, "accelerator", SimpleNamespace(log=fail, end_training=fail))
     log.write("metrics", {"step": 0, "loss": 1.0})
@@ -141,14 +129,14 @@ def test_a_resumed_run_stands_once_in_tensorboard(tmp_path):
     """Killed after 3 steps and an evaluation, resumed at 2: nothing twice, no second run."""
     options = {"config": {"seed": 0}, "on_cpu": True}
     run = tmp_path / "run"
-    log = new_run([run], config={}, device="cpu")
+    log = create_run([run], config={}, device="cpu")
     log.tracker = Tracker("tensorboard", run, **options)
     for step in range(3):
         log.write("metrics", {"step": step, "loss": 1.0})
         log.write("evaluations", {"steps_done": step + 1, "loss": 1.0})
     log.close()
     before = sorted(path.name for path in (run / "tensorboard").iterdir() if path.is_dir())
-    log = resumed_run(run, config={}, device="cpu", steps_done=2)
+    log = reopen_run(run, config={}, device="cpu", steps_done=2)
     log.tracker = Tracker("tensorboard", run, **options, resumed_at=2)
     for step in range(2, 4):
         log.write("metrics", {"step": step, "loss": 2.0})
@@ -175,7 +163,7 @@ def test_code_that_another_repository_does_not_track_has_no_commit(tmp_path):
 
 def test_a_command_is_written_as_a_shell_reads_it(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["main.py", "--name", "my run", "--runs", "$HOME"])
-    new_run([tmp_path / "run"], config={}, device="cpu").close()
+    create_run([tmp_path / "run"], config={}, device="cpu").close()
     command = json.loads((tmp_path / "run" / "config.json").read_text())["command"]
     assert shlex.split(command) == ["python", "main.py", "--name", "my run", "--runs", "$HOME"]
 

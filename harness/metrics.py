@@ -1,0 +1,120 @@
+"""What a step leaves in the logs: its metrics, one line on the terminal, now and then a sample."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine.parallel import gather
+from engine.sizes import GIB
+from harness.runlog import peak_host_memory
+
+
+def step_metrics(
+    step: int,
+    *,
+    rewards: list,
+    lengths: list[int],
+    truncated: list[bool],
+    prompts_per_step: int,
+    group_size: int,
+    stats: dict[str, float | str],
+    lr: float,
+    seconds: dict[str, float],
+) -> dict[str, float | str]:
+    """Return one line of metrics.jsonl; the glossary in docs/running.md explains each key.
+
+    `rewards`, `lengths` and `truncated` are those of this process's completions, group-major;
+    `stats` is what `grpo.update` returned, `seconds` a `Stopwatch`'s.
+    """
+    rewards, lengths, truncated = gather(rewards), gather(lengths), gather(truncated)
+    totals = torch.tensor([reward.total for reward in rewards]).view(-1, group_size)
+    has_spread = totals.amax(1) > totals.amin(1)  # equal rewards teach nothing
+    step_s = sum(seconds.values())
+    return {
+        "step": step,
+        "prompts": (step + 1) * prompts_per_step,
+        "reward_mean": totals.mean().item(),
+        "reward_std": totals.std().item(),
+        "area_correctness_reward": statistics.fmean(r.area_correctness for r in rewards),
+        "area_format_reward": statistics.fmean(r.area_format for r in rewards),
+        "xml_format_reward": statistics.fmean(r.xml_format for r in rewards),
+        "relative_error": statistics.median(r.relative_error for r in rewards),
+        **stats,
+        "lr": lr,
+        "completion_length_mean": statistics.fmean(lengths),
+        "completion_length_max": max(lengths),
+        "truncated_share": statistics.fmean(truncated),
+        "no_spread_share": 1.0 - has_spread.float().mean().item(),
+        **seconds,
+        "step_s": step_s,
+        "tokens_per_s": sum(lengths) / step_s,
+        "peak_gib": max(gather([peak_memory()])) / GIB,
+    }
+
+
+def terminal_line(metrics: dict, steps: int) -> str:
+    """Return the step as one aligned line."""
+    return (
+        f"step {metrics['step']:>{len(str(steps))}}/{steps}"
+        f" | reward {metrics['reward_mean']:6.3f}"
+        f" | area {metrics['area_correctness_reward']:6.3f}"
+        f" | decimals {metrics['area_format_reward']:.3f}"
+        f" | xml {metrics['xml_format_reward']:.3f}"
+        f" | error {100 * metrics['relative_error']:4.1f} %"
+        f" | kl {metrics['kl']:.4f}"
+        f" | entropy {metrics['entropy']:.3f}"
+        f" | tokens {metrics['completion_length_mean']:5.1f}"
+        f" | {metrics['step_s']:.2f} s"
+    )
+
+
+def held_out_line(summary: dict, steps_done: int) -> str:
+    """Return the summary of a held-out evaluation as one line."""
+    return (
+        f"held out, after {steps_done} steps: area {summary['area_correctness_reward']:.3f}"
+        f" | median error {100 * summary['relative_error_median']:.1f} %"
+        f" | two decimals {100 * summary['two_decimals']:.0f} %"
+        f" | strict XML {100 * summary['strict_xml']:.0f} %"
+    )
+
+
+def group_sample(
+    step: int, example, *, texts: list[str], rewards: list, advantages: list[float]
+) -> dict:
+    """Return one line of samples.jsonl: an example with all completions of its group."""
+    completions = zip(texts, rewards, advantages, strict=True)
+    return {
+        "step": step,
+        "index": example.index,
+        "area": example.area,
+        "shape": dataclasses.asdict(example.shape),
+        "completions": [
+            {"text": text, **dataclasses.asdict(reward), "advantage": advantage}
+            for text, reward, advantage in completions
+        ],
+    }
+
+
+def peak_memory() -> int:
+    """Return the most bytes this process has used: on the GPU if there is one, else in RAM."""
+    is_on_gpu = torch.cuda.is_initialized()
+    return torch.cuda.max_memory_allocated() if is_on_gpu else peak_host_memory()
+
+
+class Stopwatch:
+    """Seconds of each phase of a step: `lap` names the phase that has just ended."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.synchronize = synchronize
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap, device work included, to `phase`."""
+        self.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now

@@ -1,0 +1,68 @@
+"""metrics.py: a step's numbers, worked out by hand."""
+
+import pytest
+
+from harness.metrics import Stopwatch, held_out_line, step_metrics, terminal_line
+from rewards import Reward
+
+STATS = {"kl": 0.0125, "entropy": 0.5, "loss": 0.0, "skipped": 0, "not_finite": ""}
+
+
+def metrics(*areas: float) -> dict:
+    """Metrics of two groups of two completions with these area rewards, all in the right format."""
+    return step_metrics(
+        4,
+        rewards=[Reward(area, 0.5, 0.5, 1.0, (3 - area) / 6) for area in areas],
+        lengths=[10, 20, 30, 40],
+        truncated=[False, False, False, True],
+        prompts_per_step=2,
+        group_size=2,
+        stats=STATS,
+        lr=1e-3,
+        seconds={"rollout_s": 1.5, "update_s": 2.5},
+    )
+
+
+def test_a_step_by_hand():
+    found = metrics(3.0, 3.0, 1.0, -3.0)
+    assert (found["step"], found["prompts"]) == (4, 10)
+    assert (found["reward_mean"], found["area_correctness_reward"]) == (2.0, 1.0)
+    assert found["reward_std"] == pytest.approx(8**0.5)  # totals 4, 4, 2, -2: (4 + 4 + 0 + 16) / 3
+    assert found["relative_error"] == pytest.approx(1 / 6)  # median of 0, 0, 1/3, 1
+    assert (found["completion_length_mean"], found["completion_length_max"]) == (25.0, 40)
+    assert (found["truncated_share"], found["no_spread_share"]) == (0.25, 0.5)
+    assert (found["step_s"], found["tokens_per_s"]) == (4.0, 25.0)
+    assert found["kl"] == 0.0125
+    assert found["peak_gib"] > 0
+
+
+def test_a_group_with_a_nan_has_no_spread():
+    """As in `grpo.has_spread`: it would teach nothing."""
+    assert metrics(3.0, float("nan"), 1.0, -3.0)["no_spread_share"] == 0.5
+
+
+def test_the_line_on_the_terminal():
+    assert terminal_line(metrics(3.0, 3.0, 1.0, -3.0), steps=200) == (
+        "step   4/200 | reward  2.000 | area  1.000 | decimals 0.500 | xml 0.500 | error 16.7 % "
+        "| kl 0.0125 | entropy 0.500 | tokens  25.0 | 4.00 s"
+    )
+
+
+def test_the_line_of_a_held_out_evaluation():
+    summary = {"area_correctness_reward": 2.5, "relative_error_median": 0.052}
+    summary |= {"two_decimals": 1.0, "strict_xml": 0.995}
+    assert held_out_line(summary, steps_done=50) == (
+        "held out, after 50 steps: area 2.500 | median error 5.2 % | two decimals 100 % "
+        "| strict XML 100 %"
+    )
+
+
+def test_laps_add_up_and_wait_for_the_device():
+    waits = []
+    watch = Stopwatch(lambda: waits.append(1))
+    start = watch.last
+    for phase in ("a_s", "b_s", "a_s"):
+        watch.lap(phase)
+    assert list(watch.seconds) == ["a_s", "b_s"]
+    assert sum(watch.seconds.values()) == pytest.approx(watch.last - start)
+    assert len(waits) == 3
