@@ -1,10 +1,10 @@
-"""Figures of one run, or of several side by side. Reads run folders and nothing else.
+"""Plot the rewards of one run, or compare several runs. Reads nothing but their folders.
 
-python plot_rewards.py RUN            # three figures, in the run folder
-python plot_rewards.py RUN RUN ...    # one figure of the area reward, in the current folder
+python plot_rewards.py RUN            # writes three figures to the run folder
+python plot_rewards.py RUN RUN ...    # writes a figure of the area reward to the current folder
 
-Runs named alike but for a "-seed0", "-seed1", ... at the end are drawn as one curve: their mean,
-and a band from the lowest to the highest. A run that is named twice counts once.
+Runs whose names differ only in a final "-seed0", "-seed1", ... share one curve: their mean, with
+a band from the lowest seed to the highest. A run that is named twice counts once.
 """
 
 import argparse
@@ -21,48 +21,47 @@ import numpy as np
 from harness.terminal import check_folder, never_fail, write_file
 from shapes import Figure
 
-REWARDS = {  # key in metrics.jsonl: title and range of the reward
+REWARDS = {  # key in metrics.jsonl: the reward's title and range
     "area_correctness_reward": ("Area correctness", (-3.0, 3.0)),
     "area_format_reward": ("Area format (two decimals)", (0.0, 0.5)),
     "xml_format_reward": ("XML format", (0.0, 0.5)),
 }
 AXES = {"prompts": "prompts seen", "steps": "steps"}
-SEED = re.compile(r"-seed[0-9]+$")  # at the end of a run's name
-AS_IT_IS = {"parse_math": False, "usetex": False}  # how a name is drawn: nothing in it is markup
+SEED = re.compile(r"-seed[0-9]+$")  # ends the name of a run
+AS_IT_IS = {"parse_math": False, "usetex": False}  # names are plain text, not math or TeX
 
 
-class RunError(Exception):
-    """A run that cannot be drawn. The message is one line for the user."""
+class PlotError(Exception):
+    """A run cannot be drawn. The message is one line for the user."""
 
 
 # --- reading ------------------------------------------------------------------------------
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Return the steps of a run, in order. Raises `RunError`.
+    """Return the steps of a run, in order. Raises `PlotError` for a line that it cannot read.
 
-    A last line without its end is one that is being written, or was when the run died: it is left
-    out. Any other line that cannot be read is an error.
+    Skips a last line that has no newline: the run is still writing it, or died while doing so.
     """
     path = run / "metrics.jsonl"
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}") from error
+        raise PlotError(f"{path}: {error.strerror or error}") from error
     steps = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             step = json.loads(line)
             steps.append({"step": int(step["step"]), "prompts": int(step["prompts"]), **step})
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise RunError(f"{path}: line {number} is not a step of a run") from error
+            raise PlotError(f"{path}: line {number} is not a step of a run") from error
     if not steps:
-        raise RunError(f"{path}: no step has been logged yet")
+        raise PlotError(f"{path}: no step has been logged yet")
     return steps
 
 
 def curve(steps: list[dict], key: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return where and what to draw, (steps,) each; a value that is missing becomes nan."""
+    """Return x and y, each of shape (steps,). A missing value becomes nan."""
     x = [step["prompts"] if axis == "prompts" else step["step"] + 1 for step in steps]
     y = [step.get(key) for step in steps]
     known = [value if isinstance(value, int | float) else np.nan for value in y]
@@ -70,7 +69,7 @@ def curve(steps: list[dict], key: str, axis: str) -> tuple[np.ndarray, np.ndarra
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean of each value and up to `window - 1` before it, skipping nan.
+    """Return the mean of each value and the `window - 1` before it, ignoring nan.
 
     >>> moving_average(np.array([1.0, 3.0, 5.0, 7.0]), window=2)
     array([1., 2., 4., 6.])
@@ -84,7 +83,7 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def each_once(runs: list[Path]) -> list[Path]:
-    """Return the runs without those that are another one under a second name."""
+    """Return the runs, keeping only the first of several paths to the same folder."""
     first: dict[str, Path] = {}
     for run in runs:
         first.setdefault(os.path.realpath(run), run)
@@ -92,13 +91,13 @@ def each_once(runs: list[Path]) -> list[Path]:
 
 
 def named(run: Path) -> Path:
-    """Return a run's whole path: its end is the run's name, even of "." or ".."."""
-    whole = os.path.abspath(run).encode("utf-8", "backslashreplace")  # bytes that are no text
+    """Return a run's absolute path. It ends in the run's name even if `run` is "." or ".."."""
+    whole = os.path.abspath(run).encode("utf-8", "backslashreplace")  # not every path is valid text
     return Path(whole.decode())
 
 
 def seeds_of(runs: list[Path]) -> list[tuple[str, list[Path]]]:
-    """Return labels and runs: those named alike but for "-seed0" and the like are together.
+    """Return a label and the runs for each curve; runs that differ only in "-seed0" share one.
 
     >>> [label for label, _ in seeds_of([Path("x/a-seed0"), Path("x/b"), Path("x/a-seed1")])]
     ['a, 2 seeds', 'b']
@@ -113,7 +112,7 @@ def seeds_of(runs: list[Path]) -> list[tuple[str, list[Path]]]:
 
 
 def short(paths: list[Path]) -> list[str]:
-    """Return the end of each path, as much as tells it from the others.
+    """Return the shortest end of each path that no other path shares.
 
     >>> short([Path("/runs/base"), Path("/x/1/tiny"), Path("/y/1/tiny")])
     ['base', 'x/1/tiny', 'y/1/tiny']
@@ -130,9 +129,9 @@ def short(paths: list[Path]) -> list[str]:
 def averages(
     runs: list[Path], key: str, *, window: int, axis: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return where to draw, (steps,), and the runs' moving averages, (runs, steps).
+    """Return x, of shape (steps,), and the runs' moving averages, of shape (runs, steps).
 
-    Runs of different lengths are compared as far as the shortest goes.
+    Stops where the shortest run stops.
     """
     curves = [curve(read_metrics(run), key, axis) for run in runs]
     steps = min(len(x) for x, _ in curves)
@@ -140,7 +139,7 @@ def averages(
 
 
 def change(run: Path, window: int) -> str:
-    """Return one line: each reward's mean over the first and over the last `window` steps."""
+    """Return one line with each reward's mean over the first and the last `window` steps."""
     steps = read_metrics(run)
     parts = []
     for key in REWARDS:
@@ -154,11 +153,11 @@ def change(run: Path, window: int) -> str:
 
 
 def new_axes(title: str, ylabel: str, xlabel: str, limits: tuple[float, float]):
-    """Return a figure and its axes; the whole range of the reward is shown, with some air."""
+    """Return a figure and its axes, which show the reward's whole range with a small margin."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    air = 0.03 * (limits[1] - limits[0])
-    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(limits[0] - air, limits[1] + air))
+    margin = 0.03 * (limits[1] - limits[0])
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(limits[0] - margin, limits[1] + margin))
     axes.set_title(title, **AS_IT_IS)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
@@ -166,14 +165,17 @@ def new_axes(title: str, ylabel: str, xlabel: str, limits: tuple[float, float]):
 
 
 def add_legend(axes) -> None:
-    """Add a legend of all lines. A label is set as text, or a `_` in front would leave it out."""
+    """Add a legend that lists every line.
+
+    Sets the labels afterwards, because matplotlib skips a label that starts with "_".
+    """
     legend = axes.legend(axes.lines, [" "] * len(axes.lines), loc="lower right", frameon=False)
     for text, line in zip(legend.get_texts(), axes.lines, strict=True):
         text.set(text=line.get_label(), **AS_IT_IS)
 
 
 def draw_run(run: Path, key: str, path: Path, *, window: int, axis: str) -> None:
-    """Write the figure of one reward of one run."""
+    """Write a figure of one reward in one run."""
     title, limits = REWARDS[key]
     figure, axes = new_axes(f"{title}: {named(run).name}", "mean reward", AXES[axis], limits)
     x, y = curve(read_metrics(run), key, axis)
@@ -185,7 +187,7 @@ def draw_run(run: Path, key: str, path: Path, *, window: int, axis: str) -> None
 
 
 def draw_variations(runs: list[Path], key: str, path: Path, *, window: int, axis: str) -> None:
-    """Write one figure of a reward's moving averages in several runs."""
+    """Write a figure that compares the moving averages of one reward in several runs."""
     title, limits = REWARDS[key]
     figure, axes = new_axes(title, f"moving average over {window} steps", AXES[axis], limits)
     draw_seeds(axes, runs, key, window=window, axis=axis)
@@ -194,7 +196,7 @@ def draw_variations(runs: list[Path], key: str, path: Path, *, window: int, axis
 
 
 def draw_seeds(axes, runs: list[Path], key: str, *, window: int, axis: str) -> None:
-    """Draw a curve for each run, or for the mean of its seeds, with a band of their range."""
+    """Draw a curve for each run, and for several seeds of a run their mean and their range."""
     for label, group in seeds_of(runs):
         x, y = averages(group, key, window=window, axis=axis)
         (line,) = axes.plot(x, y.mean(0), linewidth=2, label=label)
@@ -203,7 +205,10 @@ def draw_seeds(axes, runs: list[Path], key: str, *, window: int, axis: str) -> N
 
 
 def pictures(runs: list[Path], out: Path | None, **options) -> dict[Path, Callable]:
-    """Return path and writer of each figure: three of one run, one of several."""
+    """Return the path of each figure and the function that writes it.
+
+    One run gets three figures; several runs share one.
+    """
     if len(runs) == 1:
         draw, folder = partial(draw_run, runs[0], **options), out or runs[0]
         return {folder / f"{key}.png": partial(draw, key) for key in REWARDS}
@@ -216,19 +221,21 @@ def pictures(runs: list[Path], out: Path | None, **options) -> dict[Path, Callab
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print how the rewards of some runs changed, then draw them."""
+    """Print how the rewards of each run changed, then plot them."""
     never_fail()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the figures")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one or more run folders")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write the figures to")
     parser.add_argument(
-        "--window", type=int, default=20, metavar="N", help="steps averaged; default: 20"
+        "--window", type=int, default=20, metavar="N", help="steps to average; default: 20"
     )
-    parser.add_argument("--axis", choices=AXES, default="prompts", help="default: prompts")
+    parser.add_argument(
+        "--axis", choices=AXES, default="prompts", help="the x axis; default: prompts"
+    )
     args = parser.parse_args(arguments)
     runs = each_once(args.runs)
     try:
@@ -237,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.out:
             check_folder("--out", args.out)
         changes = [change(run, args.window) for run in runs]
-    except (ValueError, RunError) as error:
+    except (ValueError, PlotError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"Means over the first and the last {args.window} steps:")
     print("\n".join(changes))

@@ -13,7 +13,7 @@ from PIL import Image
 import plot_rewards
 from plot_rewards import (
     REWARDS,
-    RunError,
+    PlotError,
     averages,
     curve,
     each_once,
@@ -246,7 +246,7 @@ def test_a_line_being_written_is_left_out(run):
     ],
 )
 def test_damaged_runs_are_named(run, tail, steps, message):
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(PlotError, match=message):
         read_metrics(run("damaged", steps=steps, tail=tail))
 
 

@@ -1,4 +1,4 @@
-"""report.py on run folders made by hand: the page as a browser would take it apart."""
+"""report.py on fabricated run folders. The tests parse the page as a browser would."""
 
 import base64
 import dataclasses
@@ -14,23 +14,25 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from matplotlib import rc_context
 from PIL import Image
 
 import report
 from plot_rewards import REWARDS, curve
-from report import escape, parse_evaluation
+from report import CURVES, TEXT_LIMIT, characters_cut, number, parse_evaluation, visible
 from shapes import ShapeSpec, canvas_of, make_example
 
 EXAMPLES = [make_example(ShapeSpec(), seed=0, split="train", index=i) for i in range(2)]
-HOSTILE = {  # what a model may write: what a reader is to see
+HOSTILE = {  # what a model may write: what the reader must see, if not the same
     "<script>document.title = 'taken'</script>": None,
     "<img src=x onerror=\"document.title = 'taken'\">": None,
     "</div></td></tr></table></section></body></html>": None,
     '"><svg onload="document.title = \'taken\'">': None,
     "' onclick='alert(1)' style='position: fixed; inset: 0": None,
     "<!-- <plaintext> <textarea> </title></style></script><script>": None,
-    "]]> <![CDATA[ &lt; &#60; &amp; ${script} $name {0} %s": None,
+    "]]> <![CDATA[ &lt; &#60; &amp;": None,
+    "{{ 7 * 7 }} {% raw %} {# gone #} ${script} $name {0} %s": None,
     "NUL \0, escape \x1b[31m, return \r": "NUL ⟨U+0000⟩, escape ⟨U+001B⟩[31m, return ⟨U+000D⟩",
     "from the right: \u202e \u2066 \u200f": "from the right: ⟨U+202E⟩ ⟨U+2066⟩ ⟨U+200F⟩",
     "half a character: \ud800": "half a character: ⟨U+D800⟩",
@@ -60,11 +62,11 @@ def metrics(step: int) -> dict:
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(*samples: dict, name: str = "run", knobs: dict | None = None, **made):
+    def make(*samples: dict, name: str = "run", options: dict | None = None, **made):
         folder = tmp_path / name
         folder.mkdir()
         made = {"command": "python main.py", "versions": {"torch": "2.1", "numpy": "2.2"}, **made}
-        config = {"config": {"image_size": 224, "seed": 7, **(knobs or {})}, **made}
+        config = {"config": {"image_size": 224, "seed": 7, **(options or {})}, **made}
         (folder / "config.json").write_text(json.dumps(config))
         evaluations = [{"steps_done": n, **dict.fromkeys(REWARDS, 0.3)} for n in (0, 15)]
         lines = {"metrics": map(metrics, range(30)), "evaluations": evaluations, "samples": samples}
@@ -77,7 +79,7 @@ def make_run(tmp_path):
 
 
 class Page(HTMLParser):
-    """A page's elements with their attributes, its declarations, and the text in each element."""
+    """A page's elements, its comments and declarations, and the text after each opening tag."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -107,7 +109,7 @@ def page_of(folder, *flags: str) -> Page:
 
 
 def refused(folder, capsys, *flags: str) -> str:
-    """The one line in which the program refuses."""
+    """The program's error message, which must be one line."""
     with pytest.raises(SystemExit) as stop:
         report.main([str(folder), *flags])
     error = capsys.readouterr().err.strip()
@@ -176,6 +178,7 @@ def test_the_head_says_how_the_run_was_made(make_run):
     assert page.text_of("title") == page.text_of("h1") == ["run"]
     assert page.text_of("dt") == ["command", "versions", "device", "image size", "seed"]
     assert page.text_of("dd") == ["python main.py", "torch 2.1, numpy 2.2", "cpu", "224", "7"]
+    assert page.text_of("summary") == ["All options"]
 
 
 def test_steps_are_chosen(make_run, capsys):
@@ -190,13 +193,45 @@ def test_steps_are_chosen(make_run, capsys):
         assert refused(run, capsys, "--steps", steps).endswith(told)
 
 
-def test_a_run_still_going_works(make_run):
+def test_a_half_written_line_of_an_unfinished_run_is_skipped(make_run):
     run = make_run(sample(0))
-    with (run / "samples.jsonl").open("a") as file:
-        file.write('{"step": 10, "ind')
-    assert len(page_of(run).all("section")) == 1
-    (run / "samples.jsonl").write_text("")
-    assert len(page_of(run).all("section")) == 0
+    whole = page_of(run)
+    for name in ("metrics", "evaluations", "samples"):
+        with (run / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 10, "ind')
+    page = page_of(run)
+    assert len(page.all("section")) == 1
+    assert page.elements == whole.elements
+
+
+def test_an_unfinished_run_without_samples_and_evaluations_has_a_page(make_run):
+    run = make_run()
+    (run / "evaluations.jsonl").write_text("")
+    page = page_of(run)
+    assert page.all("section") == []
+    assert len(page.all("svg")) == len(CURVES)
+    assert page.all("input")[0]["max"] == "0"
+
+
+def test_the_template_uses_every_value_and_does_without_none(make_run):
+    content = report.content(make_run(sample(0)), None)
+    for name in content:
+        rest = {key: value for key, value in content.items() if key != name}
+        with pytest.raises(UndefinedError, match=f"'{name}' is undefined"):
+            report.template().render(rest)
+    for name in content["groups"][0]:
+        rest = {key: value for key, value in content["groups"][0].items() if key != name}
+        with pytest.raises(UndefinedError, match=f"no attribute '{name}'"):
+            report.template().render({**content, "groups": [rest]})
+
+
+def test_the_command_finds_its_template_from_any_folder(make_run):
+    run = make_run(sample(0))
+    done = subprocess.run(
+        [sys.executable, report.__file__, "."], cwd=run, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "report.html\n", "")
+    assert Page((run / "report.html").read_text(encoding="utf-8")).text_of("h1") == ["run"]
 
 
 def test_the_same_run_gives_the_same_bytes(make_run, tmp_path):
@@ -224,13 +259,15 @@ def test_matplotlib_s_settings_do_not_change_the_page(make_run):
 
 @pytest.fixture
 def run_of_texts(make_run):
-    """A run with these texts wherever a file of it can hold one."""
+    """A run that has these texts wherever its files can contain text."""
 
     def make(texts: list[str], name: str):
         group = sample(0, *[completion(text) for text in texts])
-        knobs = dict(zip(texts, texts, strict=True))
+        options = dict(zip(texts, texts, strict=True))
         versions = {text: text for text in texts}
-        return make_run(group, name=name, command=" ".join(texts), versions=versions, knobs=knobs)
+        return make_run(
+            group, name=name, command=" ".join(texts), versions=versions, options=options
+        )
 
     return make
 
@@ -242,6 +279,7 @@ def test_hostile_texts_stay_text(run_of_texts):
     assert page.others == harmless.others == []
     seen = [visible or text for text, visible in HOSTILE.items()]
     assert page.text_of("div")[-len(HOSTILE) :] == seen
+    assert page.text_of("dt")[-len(HOSTILE) :] == [text.replace("_", " ") for text in seen]
     assert page.text_of("dd")[-len(HOSTILE) :] == seen
     assert page.text_of("dd")[0] == " ".join(seen)
 
@@ -254,9 +292,9 @@ def test_a_hostile_name_stays_text(make_run):
 
 
 def test_a_long_text_is_cut(make_run):
-    run = make_run(sample(0, completion("<" * 1_000_000), completion("x" * 4_000)))
+    run = make_run(sample(0, completion("<" * 1_000_000), completion("x" * TEXT_LIMIT)))
     page = page_of(run)
-    assert page.text_of("div")[-2:] == ["<" * 4_000, "x" * 4_000]
+    assert page.text_of("div")[-2:] == ["<" * TEXT_LIMIT, "x" * TEXT_LIMIT]
     assert page.text_of("em") == ["… 996,000 more characters"]
     assert (run / "report.html").stat().st_size < 200_000
 
@@ -304,8 +342,36 @@ def test_a_browser_agrees(run_of_texts, tmp_path):
 
 
 @pytest.mark.parametrize("character", ["\0", "\x7f", "\x85", "\u200d", "\ufeff", "\udfff"])
-def test_what_cannot_be_seen_is_written_as_a_number(character):
-    assert escape(f"a{character}b") == f"a⟨U+{ord(character):04X}⟩b"
+def test_an_invisible_character_is_written_as_its_code_point(character):
+    assert visible(f"a{character}b") == f"a⟨U+{ord(character):04X}⟩b"
+
+
+def test_a_filter_returns_plain_text_for_jinja_to_escape():
+    for text in (visible("<&"), number(-1.0, ".1f"), report.content_security_policy("")):
+        assert type(text) is str
+    assert visible("<&\"'\n\t") == "<&\"'\n\t"
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "shown"),
+    [
+        (-0.5, "+.2f", "−0.50"),  # noqa: RUF001
+        (0.5, "+.2f", "+0.50"),
+        (0.051, ".1%", "5.1 %"),
+        (-2e9, ".2f", "−2.00e+09"),  # noqa: RUF001
+        (float("nan"), ".2f", "–"),  # noqa: RUF001
+        (float("inf"), ".2f", "–"),  # noqa: RUF001
+    ],
+)
+def test_a_number_has_a_real_minus_sign_or_is_a_dash(value, form, shown):
+    assert number(value, form) == shown
+
+
+@pytest.mark.parametrize(("length", "cut"), [(TEXT_LIMIT - 1, 0), (TEXT_LIMIT, 0), (5_000, 1_000)])
+def test_what_is_not_shown_is_counted(length, cut):
+    text = "x" * length
+    assert characters_cut(text) == cut
+    assert len(visible(text)) + cut == length
 
 
 # --- bad input ----------------------------------------------------------------------------
