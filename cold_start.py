@@ -1,13 +1,13 @@
-"""Supervised warm-up: teach a model the task's language before reinforcement learning starts.
+"""Supervised warm-up: teach a model to answer in the task's format before GRPO starts.
 
     python cold_start.py --from-scratch --out tiny         # makes the bundled tiny model
     python cold_start.py --from-scratch --size small --workers 12 --batch-size 64 --steps 3000 \\
-        --lr 3e-4 --out small                              # one of 164 million parameters, on a GPU
+        --lr 3e-4 --out small                              # 164 million parameters, on a GPU
     python cold_start.py --model MODEL --out DIR           # starts from any Qwen2.5-VL
 
-The answers it trains on are synthetic: shape, dimensions, formula, area. Shares of them are
-flawed on purpose, in format (missing decimals, missing tags, chatter) or in substance (a wrong
-formula), so that both are left for GRPO to teach, as they are with an instruct model.
+It trains on synthetic answers: shape, dimensions, formula, area. Some are flawed on purpose, in
+format (missing decimals, missing tags, chatter) or in substance (a wrong formula), so that GRPO
+still has both to teach, as it has with an instruct model.
 """
 
 import argparse
@@ -37,21 +37,21 @@ from transformers import (
 )
 
 from config import check_number
-from engine.fastpath import prepare_gpu, trust_triton
+from engine.fastpath import prepare_gpu, verify_triton
 from engine.loading import (
     Loaded,
-    check_use,
+    check_compatible,
     load,
     non_finite_parameters,
     save_policy,
     use_own_attention,
 )
 from engine.model_files import ModelError
-from engine.parallel import check_alone
-from engine.prompts import Prompts, check_seen_size, encode_prompts
+from engine.parallel import check_single_process
+from engine.prompts import Prompts, check_no_resize, encode_prompts
 from engine.scoring import completion_logprobs
 from engine.sizes import place, shape_config, trained_count
-from harness.terminal import never_fail
+from harness.terminal import ignore_output_errors
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from shapes import Shape, ShapeSpec, check_image_size, make_example
 
@@ -67,7 +67,7 @@ FORMULAS = {
     "square": "side * side",
     "triangle": "base * height / 2",
 }
-MISTAKES = {  # perimeters, and a triangle without its half
+MISTAKES = {  # perimeters, and a triangle's area without the half
     "rectangle": ("2 * (width + height)", lambda shape: 2 * (shape.width + shape.height)),
     "circle": ("pi * diameter", lambda shape: math.pi * shape.width),
     "square": ("4 * side", lambda shape: 4 * shape.width),
@@ -84,7 +84,7 @@ SLOPPY = (
     "<{tag}>{reasoning}<answer>{area:.1f}</answer>",
 )
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
-SIZES = {  # of models from scratch: language model and vision tower; 2.8 and 164 million parameters
+SIZES = {  # language model and vision tower of a new model: 2.8 and 164 million parameters
     "tiny": (
         {
             "hidden_size": 192,
@@ -92,7 +92,7 @@ SIZES = {  # of models from scratch: language model and vision tower; 2.8 and 16
             "num_hidden_layers": 4,
             "num_attention_heads": 6,
             "num_key_value_heads": 2,
-            "rope_parameters": ROPE | {"mrope_section": [4, 6, 6]},  # of head size / 2 frequencies
+            "rope_parameters": ROPE | {"mrope_section": [4, 6, 6]},  # sum: head size / 2
         },
         {
             "depth": 4,
@@ -120,7 +120,7 @@ SIZES = {  # of models from scratch: language model and vision tower; 2.8 and 16
         },
     ),
 }
-SECOND_TAG_EVERY = 8  # batches: the other reasoning tag is taught too, in every eighth
+SECOND_TAG_EVERY = 8  # one batch in 8 uses the second reasoning tag
 CHAT_TEMPLATE = (  # the format of Qwen2.5-VL's own template, without tools and videos
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -139,17 +139,20 @@ SPECIAL_TOKENS += ("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video
 
 @dataclass(frozen=True, slots=True)
 class Flaws:
-    """How far synthetic answers are from perfect."""
+    """How synthetic answers differ from perfect ones."""
 
-    sloppy: float = 0.0  # share whose format is off
-    mistakes: float = 0.0  # share that apply a wrong formula
-    area_noise: float = 0.0  # standard deviation of the log of the area
+    sloppy: float = 0.0  # share of answers with a flawed format
+    mistakes: float = 0.0  # share of answers with a wrong formula
+    area_noise: float = 0.0  # standard deviation of the noise on the log of the area
 
 
 def synthetic_answer(
     shape: Shape, *, reasoning_tag: str, flaws: Flaws, rng: np.random.Generator
 ) -> str:
-    """Return an answer for a shape: its dimensions, a formula, the area that follows, flawed.
+    """Return an answer for a shape: rounded dimensions, a formula, and the area.
+
+    The area is the formula's on the exact dimensions, times noise. With flaws, the formula or the
+    format may be wrong.
 
     >>> shape = Shape("square", 20.0, 20.0, (25, 25), (), (0, 0, 0))
     >>> rng = np.random.default_rng(0)
@@ -167,7 +170,7 @@ def synthetic_answer(
 
 
 def encode_answers(tokenizer, answers: list[str]) -> tuple[Tensor, list[int]]:
-    """Return ids (rows, C) and the rows' lengths: every answer ends in the stop token."""
+    """Return token ids (rows, C), right-padded, and the length of each row with its stop token."""
     rows = [torch.tensor([*tokenizer.encode(answer), tokenizer.eos_token_id]) for answer in answers]
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     return ids, [len(row) for row in rows]
@@ -177,9 +180,9 @@ def encode_answers(tokenizer, answers: list[str]) -> tuple[Tensor, list[int]]:
 
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
-    """Return a Qwen2 tokenizer of a few hundred tokens: digits one by one, bytes for what is rare.
+    """Return a byte-level Qwen2 tokenizer of a few hundred tokens, in which each digit is one.
 
-    Each fixed sentence of the prompt is one token, which keeps the tiny model's context short.
+    Each fixed sentence of the prompt is one token too, which keeps the tiny model's context short.
     """
     rng = np.random.default_rng(0)
     spec = ShapeSpec(min_size=5.0, max_size=35.0)
@@ -202,7 +205,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
 
 
 def new_model(seed: int, size: str = "tiny") -> Loaded:
-    """Return a randomly initialised Qwen2.5-VL of one of the SIZES, and its processor."""
+    """Return a randomly initialized Qwen2.5-VL of one of the SIZES, and its processor."""
     tokenizer = tiny_tokenizer()
     token_id = tokenizer.convert_tokens_to_ids
     text, vision = SIZES[size]
@@ -240,9 +243,9 @@ def new_model(seed: int, size: str = "tiny") -> Loaded:
 
 
 class ColdStartBatches(Dataset):
-    """Each step's plots and answers as model inputs; each step's are made when it is asked for.
+    """One batch per step, made on demand: prompts, answer ids (rows, C) and their lengths.
 
-    Plots are of the "cold_start" split: never an example of training or evaluation.
+    The plots are from the "cold_start" split, which shares none with training or evaluation.
     """
 
     def __init__(self, spec: ShapeSpec, processor, args: argparse.Namespace) -> None:
@@ -270,15 +273,15 @@ class ColdStartBatches(Dataset):
 
 
 def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None:
-    """Train the policy in place on synthetic answers: cross-entropy over all answer tokens."""
+    """Train the policy in place on synthetic answers, with cross-entropy over all answer tokens."""
     model = loaded.policy
-    triton = trust_triton(next(model.parameters()))
+    triton = verify_triton(next(model.parameters()))
     options = {"lr": args.lr, "betas": (0.9, 0.99), "weight_decay": 0.01, "triton": triton}
     optimizer = optimi.AdamW(model.parameters(), **options)
     lessons = DataLoader(
         ColdStartBatches(spec, loaded.processor, args),
         sampler=range(args.steps),
-        batch_size=None,  # an item is a step's batch already
+        batch_size=None,  # each item is a whole batch already
         num_workers=args.workers,
     )
     progress = tqdm(lessons, unit="step", desc="cold start", disable=None)
@@ -297,13 +300,13 @@ def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None
 
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """Return the learning rate's factor: up over the first 5 %, then a half cosine down to 0."""
+    """Return the learning-rate factor: linear warm-up over the first 5 %, cosine decay to 0."""
     warmup = max(1, steps // 20)
     return min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def save(loaded: Loaded, folder: Path) -> None:
-    """Write model and processor in Hugging Face format, the weights rounded to bf16."""
+    """Save model and processor in Hugging Face format, with the weights rounded to bf16."""
     for parameter in loaded.policy.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     loaded.policy.config.dtype = "bfloat16"
@@ -311,7 +314,7 @@ def save(loaded: Loaded, folder: Path) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description="Supervised warm-up on synthetic answers.",
@@ -320,40 +323,42 @@ def make_parser() -> argparse.ArgumentParser:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--from-scratch", action="store_true", help="make a new model")
     start.add_argument("--model", metavar="MODEL", help="folder or hub id to start from")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="of a model from scratch")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of a new model")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers a step")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers per step")
     parser.add_argument("--lr", type=float, metavar="X", help="1e-3 from scratch, else 1e-5")
     share = {"type": float, "metavar": "X"}
-    parser.add_argument("--sloppy", **share, default=0.45, help="share with a flawed format")
-    parser.add_argument("--mistakes", **share, default=0.35, help="share with a wrong formula")
-    parser.add_argument("--area-noise", **share, default=0.1, help="std of the log of the areas")
+    parser.add_argument("--sloppy", **share, default=0.45, help="share of flawed formats")
+    parser.add_argument("--mistakes", **share, default=0.35, help="share of wrong formulas")
+    parser.add_argument("--area-noise", **share, default=0.1, help="std of noise on log areas")
     parser.add_argument("--min-size", type=float, default=5.0, metavar="X", help="grid units")
     parser.add_argument("--max-size", type=float, default=35.0, metavar="X", help="grid units")
     parser.add_argument("--max-rotation", type=float, default=45.0, metavar="X", help="degrees")
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="pixels")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that draw plots ahead"
+        "--workers", type=int, default=0, metavar="N", help="processes that draw plots in advance"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and examples")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run"
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make a folder with a warmed-up model."""
-    never_fail()
+    """Warm up a model and save it to a new folder."""
+    ignore_output_errors()
     prepare_gpu()
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
-        check_alone()
+        check_single_process()
         spec = ShapeSpec(args.min_size, args.max_size, args.max_rotation)
         check_arguments(args)
         args.lr = args.lr or (1e-3 if args.from_scratch else 1e-5)
         loaded = starting_model(args)
-        args.out.mkdir(parents=True)  # now, not after the training, if it cannot be made
+        args.out.mkdir(parents=True)  # if this fails, then before the training, not after it
     except (ValueError, OSError, ModelError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -366,13 +371,13 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        with suppress(OSError):  # nothing is left where nothing was saved
+        with suppress(OSError):  # remove the folder if nothing was saved to it
             args.out.rmdir()
-    print(f"{args.out}: saved, loadable with from_pretrained")
+    print(f"{args.out}: saved; load it with from_pretrained")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise `ValueError`, in one line, for a value that is not accepted."""
+    """Raise `ValueError`, with a one-line message, if an option's value is not accepted."""
     check_image_size(args.image_size)
     for flag, least in {"--steps": 1, "--batch-size": 1, "--seed": 0}.items():
         check_number(flag, getattr(args, flag[2:].replace("-", "_")), least=least)
@@ -383,20 +388,20 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.lr is not None:
         check_number("--lr", args.lr, above=0, most=1)
     if args.out.exists():
-        raise ValueError(f"--out {args.out}: exists already; give a new folder")
+        raise ValueError(f"--out {args.out}: already exists; must be a new folder")
 
 
 def starting_model(args: argparse.Namespace) -> Loaded:
-    """Return the model to train on its device: a new tiny one, or that of `--model`."""
+    """Return the model to train, on its device: a new one, or that of `--model`."""
     found_gpu = torch.cuda.is_available()
     if args.from_scratch:
         if args.device == "cuda" and not found_gpu:
             raise ValueError("--device cuda: no CUDA GPU was found")
         loaded = new_model(args.seed, args.size)
-        check_seen_size(loaded.processor.image_processor, args.image_size)
+        check_no_resize(loaded.processor.image_processor, args.image_size)
         loaded.policy.to("cuda" if found_gpu and args.device != "cpu" else "cpu")
         return loaded
-    check_use(args.model, image_size=args.image_size)
+    check_compatible(args.model, image_size=args.image_size)
     device, dtype = place(
         args.model,
         device=args.device,

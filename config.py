@@ -1,4 +1,4 @@
-"""Every option of a run, declared once, and the command line that is made of them."""
+"""Every option of a run, declared once; the command line is built from them."""
 
 import argparse
 import dataclasses
@@ -20,14 +20,14 @@ from rewards import CORRECTNESS, REASONING_TAGS
 from shapes import ShapeSpec, check_image_size
 
 REPORTS = ("none", "tensorboard", "wandb", "trackio")
-LARGEST = 1_000_000_000  # of a whole number without a limit of its own
+LARGEST = 1_000_000_000  # upper limit of integers that have none of their own
 
 
 def option(default, help: str, *, least=None, above=None, most=None, choices=None, free=False):
-    """Return a dataclass field that also knows its help text and what values it accepts.
+    """Return a dataclass field that also holds its help text and the values that it accepts.
 
     A `free` option does not change what a run computes, so a resumed run may change it. (The model
-    may have moved: its checksums must show that it is the same.)
+    may have moved; its checksums must match.)
     """
     limits = {"least": least, "above": above, "most": most, "choices": choices}
     return field(default=default, metadata={"help": help, "free": free, **limits})
@@ -35,87 +35,99 @@ def option(default, help: str, *, least=None, above=None, most=None, choices=Non
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The command line is made from these fields."""
+    """The options of one run. The command line is built from these fields."""
 
     # model
     model: str = option(
-        "Qwen/Qwen2.5-VL-7B-Instruct", "folder or hub id of a Qwen2.5-VL", free=True
+        "Qwen/Qwen2.5-VL-7B-Instruct", "folder or hub id of a Qwen2.5-VL model", free=True
     )
-    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "auto: bfloat16 on cuda", choices=("auto", *DTYPES))
+    device: str = option(
+        "auto",
+        "auto: a GPU if there is one, else the CPU for a small model",
+        choices=("auto", "cpu", "cuda"),
+    )
+    dtype: str = option("auto", "auto: bfloat16 on cuda, float32 on cpu", choices=("auto", *DTYPES))
     checkpoint_layers: str = option(
         "auto",
-        "layers recomputed in the backward pass, a number; auto: as few as memory allows",
+        "number of layers to recompute in the backward pass; auto: as few as memory allows",
         free=True,
     )
-    freeze_vision: bool = option(False, "train the language model only, not the vision tower")
+    freeze_vision: bool = option(False, "train only the language model, not the vision tower")
     lora_rank: int = option(
-        0, "train LoRA adapters of that rank (needs peft); 0: the weights", least=0, most=1024
+        0, "train LoRA adapters of this rank (needs peft); 0: the weights", least=0, most=1024
     )
-    merge: bool = option(False, "with --lora-rank: final/ is the merged model", free=True)
+    merge: bool = option(False, "with --lora-rank: save the merged model to final/", free=True)
     # task
-    min_size: float = option(20.0, "smallest dimension, grid units", above=0)
-    max_size: float = option(35.0, "largest dimension, grid units", above=0)
-    rotate: bool = option(False, "turn the shapes")
-    max_rotation: float = option(45.0, "largest turn to either side, degrees", least=0, most=180)
-    image_size: int = option(224, "side of the picture, pixels, a multiple of 28")
-    reasoning_tag: str = option("reasoning", "tag asked for and rewarded", choices=REASONING_TAGS)
+    min_size: float = option(20.0, "smallest dimension in grid units", above=0)
+    max_size: float = option(35.0, "largest dimension in grid units", above=0)
+    rotate: bool = option(False, "rotate the shapes")
+    max_rotation: float = option(
+        45.0, "largest rotation to either side in degrees", least=0, most=180
+    )
+    image_size: int = option(224, "side of the image in pixels, a multiple of 28")
+    reasoning_tag: str = option(
+        "reasoning", "tag that the prompt asks for and the reward checks", choices=REASONING_TAGS
+    )
     correctness: str = option(
         "linear", "shape of the area reward: see penalty in rewards.py", choices=CORRECTNESS
     )
     # rollout
-    steps: int = option(750, "rollouts, each followed by an update", least=1, free=True)
-    prompts_per_step: int = option(4, "plots per step", least=1)
+    steps: int = option(750, "training steps, each a rollout and its updates", least=1, free=True)
+    prompts_per_step: int = option(4, "plots per step, over all processes", least=1)
     group_size: int = option(8, "completions per plot, compared with each other", least=2)
-    max_new_tokens: int = option(512, "limit of a completion; longer ones are cut off", least=1)
-    temperature: float = option(1.0, "of sampling and of scoring", least=0.01, most=100)
+    max_new_tokens: int = option(
+        512, "token limit of a completion; longer ones are cut off", least=1
+    )
+    temperature: float = option(
+        1.0, "sampling temperature, also used for scoring", least=0.01, most=100
+    )
     # algorithm
     loss: str = option(
-        "grpo", "how tokens are averaged: see token_weights in grpo.py", choices=LOSSES
+        "grpo", "how the loss averages tokens: see token_weights in grpo.py", choices=LOSSES
     )
     beta: float = option(
         0.05, "weight of the KL penalty; 0: no reference is loaded", least=0, most=1000
     )
-    clip_eps: float = option(0.2, "lower clip of the ratio, 1 - eps", above=0, most=1)
-    clip_eps_high: float = option(0.2, "upper clip of the ratio, 1 + eps", above=0, most=1000)
+    clip_eps: float = option(0.2, "lower clip of the ratio: 1 - eps", above=0, most=1)
+    clip_eps_high: float = option(0.2, "upper clip of the ratio: 1 + eps", above=0, most=1000)
     inner_epochs: int = option(1, "updates per rollout", least=1)
-    sync_reference_every: int = option(0, "steps between moves of the reference; 0: never", least=0)
-    reference_mix: float = option(0.6, "policy's share in such a move", above=0, most=1)
+    sync_reference_every: int = option(
+        0, "steps between updates of the reference; 0: never", least=0
+    )
+    reference_mix: float = option(0.6, "the policy's share in a reference update", above=0, most=1)
     # optimizer
-    lr: float = option(2e-6, "learning rate after the warm-up", above=0, most=1)
+    lr: float = option(2e-6, "learning rate after warm-up", above=0, most=1)
     warmup_steps: int = option(20, "steps of linear warm-up", least=0)
     adam_beta1: float = option(0.9, "decay of AdamW's first moment", least=0, most=0.9999)
     adam_beta2: float = option(0.99, "decay of AdamW's second moment", least=0, most=0.9999)
     weight_decay: float = option(
-        0.0, "of AdamW; on bf16 weights lr * decay below 0.002 rounds to 0", least=0, most=1
+        0.0, "of AdamW; with bf16 weights, lr * decay below 0.002 rounds to 0", least=0, most=1
     )
-    max_grad_norm: float = option(
-        1.0, "gradients are scaled down to this norm", above=0, most=LARGEST
-    )
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm", above=0, most=LARGEST)
     micro_batch: int = option(
-        4, "prompts per backward pass; memory only, same gradient", least=1, free=True
+        4, "prompts per backward pass; affects memory, not the gradient", least=1, free=True
     )
     # run
-    seed: int = option(0, "of examples and samples", least=0)
+    seed: int = option(0, "random seed of examples and sampling", least=0)
     workers: int = option(
-        1, "processes that draw and encode plots ahead; 0: none", least=0, most=256, free=True
+        1, "processes that prepare plots ahead of time; 0: none", least=0, most=256, free=True
     )
     name: str = option("", "run folder in --runs; empty: named after the preset or model")
-    runs: str = option("runs", "folder of all run folders")
+    runs: str = option("runs", "folder that holds the run folders")
     save_every: int = option(
-        100, "steps between checkpoints; 0: only when the run is stopped", least=0, free=True
+        100, "steps between checkpoints; 0: only when the run stops or ends", least=0, free=True
     )
-    keep: int = option(1, "checkpoints kept, the newest", least=1, free=True)
+    keep: int = option(1, "number of newest checkpoints to keep", least=1, free=True)
     save_optimizer: bool = option(
-        True, "in checkpoints: resuming needs it; without, they take a quarter", free=True
+        True, "needed to resume; without it, checkpoints are a quarter of the size", free=True
     )
     report_to: str = option(
-        "none", "also show the metrics there (needs that package)", choices=REPORTS, free=True
+        "none", "tracker that also gets the metrics (needs its package)", choices=REPORTS, free=True
     )
-    log_every: int = option(10, "steps between two lines on the terminal", least=1, free=True)
-    sample_every: int = option(10, "steps between two entries of samples.jsonl", least=1)
+    log_every: int = option(10, "steps between lines on the terminal", least=1, free=True)
+    sample_every: int = option(10, "steps between entries in samples.jsonl", least=1)
     eval_every: int = option(50, "steps between held-out evaluations; 0: none", least=0)
-    eval_examples: int = option(64, "held-out examples of an evaluation", least=1)
+    eval_examples: int = option(64, "held-out examples per evaluation", least=1)
 
     @property
     def spec(self) -> ShapeSpec:
@@ -124,12 +136,12 @@ class Config:
         return ShapeSpec(self.min_size, self.max_size, rotation)
 
     def pick(self, *names: str) -> dict:
-        """Return some options as keyword arguments."""
+        """Return the named options as keyword arguments."""
         return {name: getattr(self, name) for name in names}
 
     @property
     def checkpoint_parts(self) -> dict:
-        """What a checkpoint holds beside the policy: a reference that never moves is `model`."""
+        """The optional parts of a checkpoint. A reference that never moves is `model`."""
         return {
             "with_optimizer": self.save_optimizer,
             "with_reference": self.sync_reference_every > 0,
@@ -137,17 +149,17 @@ class Config:
 
     @property
     def disk_options(self) -> dict:
-        """What determines the disk space of a run."""
+        """The options that determine the disk space of a run."""
         return self.pick("steps", "save_every", "keep", "merge") | self.checkpoint_parts
 
     @property
     def layers_to_checkpoint(self) -> int | None:
-        """`checkpoint_layers` as a number; None: as few as memory allows."""
+        """`checkpoint_layers` as a number; None means as few as memory allows."""
         return None if self.checkpoint_layers == "auto" else int(self.checkpoint_layers)
 
 
 def workload_of(config: Config) -> Workload:
-    """Return what determines a run's memory; "auto" is a GPU unless the model is small."""
+    """Return the workload that a run's memory depends on, with device and dtype resolved."""
     count = parameters_of(config.model)
     device, dtype = choose_device(count, device=config.device, dtype=config.dtype)
     sizes = ("model", "prompts_per_step", "group_size", "max_new_tokens", "image_size")
@@ -161,7 +173,7 @@ def workload_of(config: Config) -> Workload:
 
 
 def saved_form(config: Config) -> dict:
-    """Return the options as config.json keeps them: a folder by its absolute path."""
+    """Return the options as saved in config.json: a model folder as an absolute path."""
     model = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
     return dataclasses.asdict(config) | {"model": model}
 
@@ -187,15 +199,15 @@ PRESETS = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Refuses in one line, whatever a flag's value holds."""
+    """Reports an error in one line, even if a flag's value has line breaks."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and exit with 2."""
+        """Print the message in one line and exit with code 2."""
         super().error(" ".join(message.split()))
 
 
 def make_parser(description: str = "") -> argparse.ArgumentParser:
-    """Return the command line made from `Config`; flags left out do not appear in the result."""
+    """Return the parser built from `Config`. Its result has no entry for omitted flags."""
     parser = OneLineParser(
         usage=argparse.SUPPRESS,
         argument_default=argparse.SUPPRESS,
@@ -204,18 +216,18 @@ def make_parser(description: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--preset", choices=PRESETS, help="values that suit a model (default: default)"
+        "--preset", choices=PRESETS, help="option values that suit a model (default: default)"
     )
     parser.add_argument(
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with a run, from its newest checkpoint and with its own flags",
+        help="resume a run from its newest checkpoint, with its own flags",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check flags and the model's files, show what the run takes, and stop",
+        help="check flags and model files, show the memory and disk needed, and stop",
     )
     for option_field in dataclasses.fields(Config):
         options = {"help": f"{option_field.metadata['help']} ({default_text(option_field)})"}
@@ -231,8 +243,8 @@ def make_parser(description: str = "") -> argparse.ArgumentParser:
 
 
 def default_text(option_field: dataclasses.Field) -> str:
-    """Return a option's default for its help text, and the preset's where it differs."""
-    text = f"default: {option_field.default}"
+    """Return an option's default for its help text, and the tiny preset's if it has one."""
+    text = f"default: {'none' if option_field.default == '' else option_field.default}"
     if option_field.name != "model" and option_field.name in PRESETS["tiny"]:
         text += f"; tiny: {PRESETS['tiny'][option_field.name]}"
     return text.replace("%", "%%")
@@ -241,7 +253,7 @@ def default_text(option_field: dataclasses.Field) -> str:
 def make_config(arguments: argparse.Namespace) -> Config:
     """Return the run's options: the flags given, else the preset's values, else the defaults.
 
-    With --resume, the run's own take the place of defaults and preset. Raises `ValueError`, in one
+    With --resume, the run's own options replace preset and defaults. Raises `ValueError`, in one
     line, for a value that is not accepted.
     """
     given = vars(arguments).copy()
@@ -252,7 +264,7 @@ def make_config(arguments: argparse.Namespace) -> Config:
         check(config, given)
         return config
     if preset is not None:
-        raise ValueError(f"--preset {preset}: a run is resumed with its own flags")
+        raise ValueError(f"--preset {preset}: a resumed run keeps its own flags")
     saved = saved_config(run)
     check_same_run(saved, given)
     config = dataclasses.replace(saved, **given)
@@ -263,33 +275,33 @@ def make_config(arguments: argparse.Namespace) -> Config:
 
 
 def locate_model(run: Path, config: Config) -> str:
-    """Return where a run's model is: it may have moved along with the run, as a checkout does.
+    """Return the path of a run's model, which may have moved with the run, as in a moved checkout.
 
-    Raises `ValueError` if it is not to be found.
+    Raises `ValueError` if it cannot be found.
     """
     try:
         check_exists(config.model)
         return config.model
     except ModelError:
-        pass  # then where it would be if it has moved along
+        pass  # then try where it would be if it moved with the run
     before = read_description(run).get("folder", run.absolute())
     moved = os.path.normpath(run.absolute() / os.path.relpath(config.model, before))
     if not os.path.isdir(moved):
         raise ValueError(
-            f"--resume {run}: its model was {config.model}, and there is no such folder; if it has "
-            f"moved: --model FOLDER (by its checksums it must be the same)"
+            f"--resume {run}: its model folder {config.model} does not exist; if it has moved: "
+            f"--model FOLDER (its checksums must match)"
         )
     return moved
 
 
 def saved_config(run: Path) -> Config:
-    """Return the options in a run's config.json. Raises `ValueError` if there are none to go on."""
+    """Return the options in a run's config.json. Raises `ValueError` if it cannot be resumed."""
     if (run / "state.json").is_file():
-        raise ValueError(f"--resume {run}: is a part of a run; give the run's folder")
+        raise ValueError(f"--resume {run}: is only part of a run; must be the run's folder")
     if not (run / "config.json").is_file():
-        raise ValueError(f"--resume {run}: not a run folder, there is no config.json in it")
+        raise ValueError(f"--resume {run}: not a run folder: it has no config.json")
     if not os.access(run, os.W_OK):
-        raise ValueError(f"--resume {run}: cannot be written to")
+        raise ValueError(f"--resume {run}: must be writable")
     try:
         values = read_description(run)["config"]
         types = {
@@ -297,7 +309,7 @@ def saved_config(run: Path) -> Config:
         }
         for name, value in values.items():
             if name not in types:
-                raise ValueError(f"{name} is not a option of this version")
+                raise ValueError(f"{name} is not an option of this version")
             if type(value) is not types[name] and (types[name], type(value)) != (float, int):
                 raise ValueError(f"{name} must be of type {types[name].__name__}, not {value!r}")
         config = Config(**values)
@@ -310,7 +322,7 @@ def saved_config(run: Path) -> Config:
 
 
 def check_same_run(saved: Config, given: dict) -> None:
-    """Raise `ValueError` for a flag that would make a resumed run another one."""
+    """Raise `ValueError` for a flag that would change what a resumed run computes."""
     options = dataclasses.fields(Config)
     free = [option_field.name for option_field in options if option_field.metadata["free"]]
     for name, value in given.items():
@@ -318,13 +330,13 @@ def check_same_run(saved: Config, given: dict) -> None:
         if name not in free and value != was:
             allowed = ", ".join(map(flag_of, free))
             raise ValueError(
-                f"{flag_of(name)} {value}: the run has {was}, and would become another one. What "
-                f"may change with --resume: {allowed}"
+                f"{flag_of(name)} {value}: the run has {was}, and would become a different run. "
+                f"Flags that may change with --resume: {allowed}"
             )
 
 
 def check(config: Config, given: dict) -> None:
-    """Raise `ValueError` for values out of range, or that do not go together with those `given`."""
+    """Raise `ValueError` for values out of range, and for `given` flags that conflict."""
     for option_field in dataclasses.fields(Config):
         check_limits(option_field, getattr(config, option_field.name))
     if not re.fullmatch(r"auto|[0-9]{1,6}", config.checkpoint_layers):
@@ -340,14 +352,14 @@ def check(config: Config, given: dict) -> None:
     check_adapter(config, given)
     if config.report_to != "none" and not is_installed(config.report_to):
         raise ValueError(
-            f"--report-to {config.report_to}: needs that package: pip install {config.report_to}"
+            f"--report-to {config.report_to}: needs its package: pip install {config.report_to}"
         )
     check_image_size(config.image_size)
-    _ = config.spec  # refuses shapes that do not fit
+    _ = config.spec  # raises for shapes that do not fit
 
 
 def check_adapter(config: Config, given: dict) -> None:
-    """Raise `ValueError` for what does not go together with --lora-rank, or without it."""
+    """Raise `ValueError` for options that conflict with --lora-rank, or that need it."""
     if not config.lora_rank:
         if config.merge:
             raise ValueError("--merge: has no effect without --lora-rank")
@@ -358,23 +370,23 @@ def check_adapter(config: Config, given: dict) -> None:
         raise ValueError("--no-freeze-vision: --lora-rank trains the language model only")
     if config.sync_reference_every:
         raise ValueError(
-            "--sync-reference-every: with --lora-rank the reference is the model itself, and stays"
+            "--sync-reference-every: with --lora-rank the reference is the base model, and fixed"
         )
 
 
 def is_installed(package: str) -> bool:
-    """Return whether a package can be imported; a folder of that name, as wandb/, is none."""
+    """Return whether a package can be imported; a plain folder, such as wandb/, does not count."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a option."""
+    """Return the flag of an option."""
     return "--" + name.replace("_", "-")
 
 
 def check_limits(option_field: dataclasses.Field, value) -> None:
-    """Raise `ValueError`, naming flag, value and what is accepted, for a value out of range."""
+    """Raise `ValueError` for a value out of range, naming flag, value and accepted values."""
     flag, choices = flag_of(option_field.name), option_field.metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{flag} {value}: must be one of {', '.join(choices)}")
@@ -384,9 +396,9 @@ def check_limits(option_field: dataclasses.Field, value) -> None:
 
 
 def check_number(flag: str, value: float, *, least=None, above=None, most=None) -> None:
-    """Raise `ValueError`, naming flag, value and what is accepted, for a number out of range.
+    """Raise `ValueError` for a number out of range, naming flag, value and accepted range.
 
-    A whole number without a limit of its own may be a billion.
+    An integer without an upper limit of its own may be at most a billion.
     """
     if most is None and isinstance(value, int):
         most = LARGEST

@@ -1,4 +1,4 @@
-"""Held-out evaluation: answers to examples that training never sees, judged and broken down.
+"""Held-out evaluation: scores a model's answers to examples that training never sees.
 
 python evaluate.py RUN_OR_MODEL
 python evaluate.py runs/tiny --rotate --examples 512 --json rotated.json
@@ -21,21 +21,21 @@ from tqdm import tqdm
 from config import check_number
 from engine.batching import is_out_of_memory
 from engine.fastpath import prepare_gpu
-from engine.loading import check_use, load
+from engine.loading import check_compatible, load
 from engine.model_files import ModelError
-from engine.parallel import check_alone, process_count, process_index
+from engine.parallel import check_single_process, process_count, process_index
 from engine.prompts import encode_prompts
 from engine.sampling import Sampler, completion_texts, make_generator, stop_ids
 from engine.sizes import place
 from harness.checkpoint import CheckpointError, checkpoints_of, steps_of
 from harness.runlog import RunError, read_description
-from harness.terminal import check_folder, never_fail, write_file
+from harness.terminal import check_folder, ignore_output_errors, write_file
 from rewards import CORRECTNESS, REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
 from shapes import KINDS, Figure, Shape, ShapeSpec, check_image_size, make_example
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 SIZE_THIRDS = ("small", "medium", "large")  # thirds of the examples, by true area
-COLUMNS = {  # of the table: heading and key of `summarize`
+COLUMNS = {  # table heading -> key in `summarize`
     "area": "area_correctness_reward",
     "decimals": "area_format_reward",
     "xml": "xml_format_reward",
@@ -48,7 +48,7 @@ SHARE_COLUMNS = {"within 5 %": "within_5_percent", "within 10 %": "within_10_per
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One held-out example with the model's answer."""
+    """The shape of one held-out example, the model's answer and its reward."""
 
     shape: Shape
     text: str
@@ -73,12 +73,12 @@ def evaluate(
 ) -> Iterator[Answer]:
     """Yield the model's answers to the first `examples` of the "eval" split; greedy by default.
 
-    Of several processes each answers every n-th batch, and yields nothing of the others'.
+    With several processes, each answers every n-th batch and yields only its own answers.
     """
     prompt, model = make_prompt(reasoning_tag), sampler.model
     first, stride = process_index() * batch_size, process_count() * batch_size
     for start in range(first, examples, stride):
-        batch = [  # a full one: the sampler keeps its buffers, and what is too much is not judged
+        batch = [  # always full, so that the sampler keeps its buffers; extra answers are dropped
             make_example(spec, seed=seed, split="eval", index=i, image_size=image_size)
             for i in range(start, start + batch_size)
         ]
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def summarize(answers: list[Answer]) -> dict[str, float]:
-    """Return means, medians and shares of some answers; shares come with 95 % Wilson intervals."""
+    """Return the answers' means, medians and shares; shares have 95 % Wilson intervals."""
     rewards = [answer.reward for answer in answers]
     errors = [reward.relative_error for reward in rewards]
     return {
@@ -126,7 +126,7 @@ def share(name: str, hits: list[bool]) -> dict[str, float]:
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927, without continuity correction).
+    """Return the 95 % confidence interval of a share (Wilson 1927, no continuity correction).
 
     >>> low, high = wilson_interval(8, 10)
     >>> round(low, 4), round(high, 4)
@@ -139,7 +139,7 @@ def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
 
 
 def groups_of(answers: list[Answer]) -> dict[str, list[Answer]]:
-    """Return the answers as a whole, by class, and by third of the true area; no group is empty."""
+    """Return all answers, each class, and each third by true area, without empty groups."""
     by_area = sorted(answers, key=lambda answer: answer.shape.area)
     cuts = [len(answers) * third // 3 for third in range(4)]
     groups = {"all": answers}
@@ -150,7 +150,7 @@ def groups_of(answers: list[Answer]) -> dict[str, list[Answer]]:
 
 
 def summary_table(summaries: dict[str, dict[str, float]]) -> str:
-    """Return the summaries as aligned lines: rewards and errors, then shares in percent."""
+    """Return the summaries as an aligned table: rewards and errors, then shares in percent."""
     lines = [
         f"{'':9}{'n':>5}"
         + "".join(f"{heading:>9}" for heading in COLUMNS)
@@ -168,11 +168,11 @@ def summary_table(summaries: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-# --- picture ----------------------------------------------------------------------------
+# --- plot -------------------------------------------------------------------------------
 
 
 def plot_answers(answers: list[Answer], path: Path, *, title: str) -> None:
-    """Write a picture: predicted against true area, one colour per class."""
+    """Save a plot of predicted against true area, one colour per class, to `path`."""
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     limit = 1.05 * max(answer.shape.area for answer in answers)
@@ -186,11 +186,11 @@ def plot_answers(answers: list[Answer], path: Path, *, title: str) -> None:
     axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
     axes.set_title(
         f"{title}: {len(answers)} held-out examples, {unread} without a number",
-        parse_math=False,  # a $ in a path is a dollar
+        parse_math=False,  # a $ in a path is literal
         usetex=False,
     )
     axes.set_xlabel("true area, square grid units")
-    axes.set_ylabel("predicted area (beyond the frame: drawn on its edge)")
+    axes.set_ylabel("predicted area (values outside the frame: on its edge)")
     axes.legend(loc="upper left")
     figure.savefig(path)
 
@@ -199,45 +199,55 @@ def plot_answers(answers: list[Answer], path: Path, *, title: str) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the command line. Task flags left out are those of the run, or the defaults."""
+    """Return the parser. Omitted task flags are None: `resolve_args` fills them in."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
-        description="Evaluate a run's final model (or newest checkpoint), or any Qwen2.5-VL, on "
-        "held-out examples. "
-        "Task flags that are left out are the run's own, also for a model in a run folder.",
+        description="Evaluate a run's final model (or newest checkpoint), or any Qwen2.5-VL model, "
+        "on held-out examples. "
+        "Task flags default to the run's own values, also for a model inside a run folder.",
     )
     parser.add_argument("target", metavar="RUN_OR_MODEL", help="run folder, model folder or hub id")
     number = {"type": float, "metavar": "X"}
     count = {"type": int, "metavar": "N"}
-    parser.add_argument("--min-size", **number, help="smallest dimension, grid units")
-    parser.add_argument("--max-size", **number, help="largest dimension, grid units")
-    parser.add_argument("--rotate", action=argparse.BooleanOptionalAction, help="turn the shapes")
-    parser.add_argument("--max-rotation", **number, help="largest turn to either side, degrees")
-    parser.add_argument("--image-size", **count, help="pixels, a multiple of 28")
+    parser.add_argument("--min-size", **number, help="smallest dimension in grid units")
+    parser.add_argument("--max-size", **number, help="largest dimension in grid units")
+    parser.add_argument("--rotate", action=argparse.BooleanOptionalAction, help="rotate the shapes")
     parser.add_argument(
-        "--reasoning-tag", choices=REASONING_TAGS, help="tag asked for and rewarded"
+        "--max-rotation", **number, help="largest rotation to either side in degrees"
+    )
+    parser.add_argument(
+        "--image-size", **count, help="side of the image in pixels, a multiple of 28"
+    )
+    parser.add_argument(
+        "--reasoning-tag",
+        choices=REASONING_TAGS,
+        help="tag that the prompt asks for and the reward checks",
     )
     parser.add_argument(
         "--correctness", choices=CORRECTNESS, help="shape of the area reward, as in training"
     )
-    parser.add_argument("--seed", **count, help="of the examples")
-    parser.add_argument("--max-new-tokens", **count, help="limit of an answer")
+    parser.add_argument("--seed", **count, help="random seed of examples and sampling")
+    parser.add_argument("--max-new-tokens", **count, help="token limit of an answer")
     parser.add_argument("--examples", **count, default=256, help="held-out examples; default: 256")
-    parser.add_argument("--batch-size", **count, default=32, help="examples at once; default: 32")
-    parser.add_argument("--temperature", **number, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--batch-size", **count, default=32, help="examples per batch; default: 32")
+    parser.add_argument(
+        "--temperature", **number, default=0.0, help="sampling temperature; default: 0, greedy"
+    )
     parser.add_argument("--show", **count, default=3, help="answers to print; default: 3")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all numbers and answers here"
+    )
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="default: evaluation.png in the run folder or here",
+        help="plot file; default: evaluation.png in the run folder, else in the current folder",
     )
     return parser
 
 
-DEFAULTS = {  # for a model that comes without a run
+DEFAULTS = {  # for a model outside a run
     "min_size": 20.0,
     "max_size": 35.0,
     "rotate": False,
@@ -252,7 +262,7 @@ DEFAULTS = {  # for a model that comes without a run
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is evaluated: weights to load, of which run (None: of none), after how many steps."""
+    """The weights to evaluate, their run (None without one) and the steps they were trained."""
 
     weights: str
     run: Path | None
@@ -260,33 +270,33 @@ class Target:
 
     def __str__(self) -> str:
         steps = "" if self.steps_done is None else f", after {self.steps_done} steps"
-        task = f"the task of {self.run}" if self.run else "no run: the task is that of the flags"
+        task = f"the task of {self.run}" if self.run else "no run: the flags set the task"
         return f"{self.weights}{steps}; {task}"
 
 
 def find_target(target: str) -> Target:
-    """Return what RUN_OR_MODEL stands for: of a run, the weights of most steps.
+    """Return the target that RUN_OR_MODEL names: for a run, the weights with the most steps.
 
     A model inside a run folder (final/, a checkpoint) belongs to that run. Raises `ValueError` for
     a run without weights, `CheckpointError` for a damaged one.
     """
     run, folder = Path(target), Path(target).resolve()
     if not (run / "metrics.jsonl").is_file():
-        around = folder.parents[:3] if folder.is_dir() else ()  # of RUN/final, of a checkpoint
+        around = folder.parents[:3] if folder.is_dir() else ()  # for final/, a checkpoint
         run = next((path for path in around if (path / "metrics.jsonl").is_file()), None)
         return Target(target, run, steps_of(folder) if run else None)
     saved = [path for path in (*checkpoints_of(run), run / "final") if path.is_dir()]
     if not saved:
         raise ValueError(f"{run}: this run has neither final/ nor a checkpoint yet")
-    # an older version's final/ does not say: any checkpoint is at least as new
+    # an older version's final/ has no step count: any checkpoint is at least as new
     newest = max(saved, key=lambda path: (steps_of(path) or 0, path.name == "final"))
     return Target(str(newest), run, steps_of(newest))
 
 
-def fill_in(args: argparse.Namespace, run: Path | None) -> None:
-    """Fill in the flags that were left out, in place, from a run or else the defaults.
+def resolve_args(args: argparse.Namespace, run: Path | None) -> None:
+    """Fill in omitted flags, in place, from the run or else the defaults, and check all values.
 
-    Raises `ValueError` for values out of range; `RunError` for a damaged config.json.
+    Raises `ValueError` for values out of range, and `RunError` for a damaged config.json.
     """
     settings = DEFAULTS | (run_settings(run) if run else {})
     max_rotation_given = args.max_rotation is not None
@@ -314,7 +324,7 @@ def fill_in(args: argparse.Namespace, run: Path | None) -> None:
 
 
 def run_settings(folder: Path) -> dict:
-    """Return the options of `DEFAULTS` that a run was started with. Raises `ValueError`."""
+    """Return a run's own values of `DEFAULTS`. Raises `ValueError` or `RunError`."""
     config = read_description(folder)["config"]
     settings = {name: config[name] for name in DEFAULTS if name in config}
     for name, value in settings.items():
@@ -324,7 +334,7 @@ def run_settings(folder: Path) -> dict:
 
 
 def collect_answers(answers: Iterator[Answer], count: int) -> tuple[list[Answer], str | None]:
-    """Return the answers, and what has cut them short: those that are there are not lost."""
+    """Return the answers made, and the reason if Ctrl-C or a lack of memory ended them early."""
     done = []
     try:
         for answer in tqdm(
@@ -336,16 +346,16 @@ def collect_answers(answers: Iterator[Answer], count: int) -> tuple[list[Answer]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return done, "out of GPU memory; less is taken with --batch-size, --max-new-tokens"
+        return done, "out of GPU memory (try a smaller --batch-size or --max-new-tokens)"
     return done, None
 
 
 def write_results(
     answers: list[Answer], spec: ShapeSpec, target: Target, args: argparse.Namespace
 ) -> bool:
-    """Write all numbers if asked, print some answers and the table, draw the picture.
+    """Print some answers and the table; write the plot and, with --json, all numbers.
 
-    Each fails alone; return whether all files are written.
+    If one file cannot be written, the other still is. Return whether all files were written.
     """
     summaries = {name: summarize(group) for name, group in groups_of(answers).items()}
     writers = {args.plot: partial(plot_answers, answers, title=args.target)}
@@ -369,23 +379,23 @@ def write_results(
 
 
 def write_json(numbers: dict, path: Path) -> None:
-    """Write numbers to a file."""
+    """Write the numbers to a JSON file."""
     path.write_text(json.dumps(numbers, indent=2, default=str) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Evaluate what the command line names, and report."""
-    never_fail()
+    """Evaluate the run or model on the command line, and report the results."""
+    ignore_output_errors()
     prepare_gpu()
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
-        check_alone()
+        check_single_process()
         target = find_target(args.target)
-        fill_in(args, target.run)
+        resolve_args(args, target.run)
         rotation = args.max_rotation if args.rotate else 0.0
         spec = ShapeSpec(args.min_size, args.max_size, rotation)
-        check_use(target.weights, image_size=args.image_size)
+        check_compatible(target.weights, image_size=args.image_size)
         runs_here = {"device": args.device, "command_that_runs": "python evaluate.py tiny"}
         device, dtype = place(target.weights, **runs_here)
         loaded = load(target.weights, device=device, dtype=dtype)

@@ -1,13 +1,14 @@
 """Group Relative Policy Optimization, by hand, in reading order: rollout, advantages, loss, update.
 
-Nothing here knows the task: the prompts and the reward function come in as arguments.
+Nothing here knows the task: prompts and the reward function are arguments.
 
-Dimension legend, for every comment that shows a shape:
+Dimension legend for all shape comments:
     Q  prompts per step
-    G  completions per prompt, the group
+    G  completions per prompt (the group)
     B  = Q * G rows, group-major: row b belongs to prompt b // G
-    P  prompt tokens, equal for all prompts
-    C  completion tokens, right-padded to the longest of the step
+    P  tokens per prompt, the same for all prompts
+    C  tokens per completion, right-padded to the longest one of the step
+    V  vocabulary
 
 References:
     GRPO     Shao et al. 2024, DeepSeekMath, arXiv:2402.03300
@@ -37,36 +38,34 @@ from engine.sampling import Sampler, completion_texts, stop_ids
 from engine.scoring import completion_logprobs
 
 LOSSES = ("grpo", "dapo", "dr_grpo")
-STD_EPS = 1e-4  # added to the group's standard deviation
-MAX_LOG_RATIO = 20.0  # bound on a log-ratio before exp: e^20 is finite in fp32 and means "far off"
+STD_EPS = 1e-4  # added to a group's standard deviation
+MAX_LOG_RATIO = 20.0  # clamp before exp: e^20 is still finite in fp32
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One step's completions, with everything the loss needs to know about them."""
+    """One step's completions, and everything the loss needs to know about them."""
 
-    prompts: Prompts  # Q of them, as the policy has seen them: good for one update
+    prompts: Prompts  # Q of them, with image features that hold until the next update
     completion_ids: Tensor  # (B, C)
     completion_mask: Tensor  # (B, C) bool, true up to and including the stop token
-    lengths: list[int]  # B, tokens of each row: the mask, where the host can read it
-    sampled_logprobs: Tensor  # (B, C) fp32, recorded while sampling
-    truncated: Tensor  # (B,) bool: no stop token within the limit
+    lengths: list[int]  # B, tokens per row: the mask's row sums, on the host
+    sampled_logprobs: Tensor  # (B, C) fp32, recorded by the sampler
+    truncated: Tensor  # (B,) bool: hit the token limit without a stop token
     texts: list[str]  # B
-    rewards: list  # B, whatever the reward function returned
+    rewards: list  # B, whatever the reward function returns
     advantages: Tensor  # (Q, G)
     ref_logprobs: Tensor | None = None  # (B, C) under the reference; None when beta is 0
-    old_logprobs: Tensor | None = (
-        None  # (B, C) before the first update; None while they are current
-    )
+    old_logprobs: Tensor | None = None  # (B, C) before the first update; None until then
 
     def micro_batches(self, size: int) -> Iterator["Rollout"]:
-        """Yield the rollout in parts of `size` prompts with all their completions."""
+        """Yield the rollout in parts of `size` prompts, each with all its completions."""
         group_size = self.advantages.shape[1]
         for start in range(0, len(self.prompts), size):
-            some = slice(start, start + size)
+            prompts = slice(start, start + size)
             rows = slice(start * group_size, (start + size) * group_size)
             yield Rollout(
-                prompts=self.prompts[some],
+                prompts=self.prompts[prompts],
                 completion_ids=self.completion_ids[rows],
                 completion_mask=self.completion_mask[rows],
                 lengths=self.lengths[rows],
@@ -74,7 +73,7 @@ class Rollout:
                 truncated=self.truncated[rows],
                 texts=self.texts[rows],
                 rewards=self.rewards[rows],
-                advantages=self.advantages[some],
+                advantages=self.advantages[prompts],
                 ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows],
                 old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
             )
@@ -94,14 +93,12 @@ def collect_rollout(
     divide_by_std: bool,
     generator: torch.Generator,
 ) -> Rollout:
-    """Return G sampled completions of each prompt with their rewards and advantages.
+    """Return G sampled completions of each prompt, with their rewards and advantages.
 
-    `reward_fn(text, q)` judges one completion of prompt q; its result's `total` is the reward. The
-    images are seen here, for all passes of the policy until it is updated.
+    `reward_fn(text, q)` scores one completion of prompt q; the reward is its result's `total`.
+    Images are encoded once, here, for every pass of the policy until its next update.
     """
-    prompts = encode_images(
-        sampler.model, prompts
-    )  # with its graph: the update goes back through it
+    prompts = encode_images(sampler.model, prompts)  # keeps the graph: the update backpropagates
     completions = sampler.generate(
         prompts, group_size=group_size, temperature=temperature, generator=generator
     )
@@ -127,15 +124,15 @@ def add_reference_logprobs(
     reference, rollout: Rollout, *, pass_size: PassSize, temperature: float
 ) -> Rollout:
     """Return the rollout with the log-probs of its tokens under the frozen reference."""
-    features = rollout.prompts.image_features
-    frozen = (
-        features is not None and not features.requires_grad
-    )  # then both have the same vision tower
-    to_score = (
-        rollout if frozen else replace(rollout, prompts=rollout.prompts.without_image_features())
-    )
+    prompts = rollout.prompts
+    if prompts.image_features is None or prompts.image_features.requires_grad:
+        prompts = prompts.without_image_features()  # the reference has a vision tower of its own
     ref_logprobs = within_memory(
-        reference_logprobs, reference, to_score, pass_size=pass_size, temperature=temperature
+        reference_logprobs,
+        reference,
+        replace(rollout, prompts=prompts),
+        pass_size=pass_size,
+        temperature=temperature,
     )
     return replace(rollout, ref_logprobs=ref_logprobs)
 
@@ -143,24 +140,24 @@ def add_reference_logprobs(
 def reference_logprobs(
     reference, rollout: Rollout, *, pass_size: PassSize, temperature: float
 ) -> Tensor:
-    """Return the log-probs (B, C) of a rollout's tokens."""
-    scored = [
+    """Return the log-probs of a rollout's tokens under the reference, (B, C)."""
+    logprobs = [
         completion_logprobs(
             reference, part.prompts, part.completion_ids, part.lengths, temperature=temperature
         )[0]
         for part in rollout.micro_batches(pass_size.micro_batch)
     ]
-    return torch.cat(scored)
+    return torch.cat(logprobs)
 
 
 # --- advantages -------------------------------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, *, divide_by_std: bool = True) -> Tensor:
-    """Return `(r - mean(group)) / (std(group) + 1e-4)`, (Q, G), from rewards of that shape.
+    """Return `(r - mean(group)) / (std(group) + 1e-4)`, (Q, G), from rewards (Q, G).
 
-    The sample standard deviation (G - 1); Dr. GRPO does not divide by it. A group of equal rewards
-    gives exactly zero: rounding of the mean must not be blown up into a signal.
+    Uses the sample standard deviation (G - 1); Dr. GRPO does not divide by it. A group of equal
+    rewards gives exactly zero: dividing must not turn the mean's rounding error into a signal.
 
     >>> group_advantages(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]), divide_by_std=False)
     tensor([[-1.,  0.,  1.],
@@ -172,7 +169,7 @@ def group_advantages(rewards: Tensor, *, divide_by_std: bool = True) -> Tensor:
 
 
 def has_spread(rewards: Tensor) -> Tensor:
-    """Return, (Q,), whether a group's rewards (Q, G) differ: only then does it teach anything."""
+    """Return whether the rewards (Q, G) of each group differ, (Q,): equal ones teach nothing."""
     return rewards.amax(1) > rewards.amin(1)
 
 
@@ -180,15 +177,15 @@ def has_spread(rewards: Tensor) -> Tensor:
 
 
 def token_weights(completion_mask: Tensor, *, loss: str, max_new_tokens: int) -> Tensor:
-    """Return the weight of every token in the step's loss, (B, C): how the losses average.
+    """Return the weight of each token in the step's loss, (B, C): how the loss averages tokens.
 
     grpo     1 / (B * length of the row): mean over tokens, then over rows (DeepSeekMath, eq. 3)
     dapo     1 / tokens of the step: every token counts the same (DAPO, eq. 8)
-    dr_grpo  1 / (B * max_new_tokens): a constant, so length has no influence (Dr. GRPO, sec. 3.2)
+    dr_grpo  1 / (B * max_new_tokens): a constant, so length does not matter (Dr. GRPO, sec. 3.2)
 
-    Made from the whole step before the first backward pass, so that micro-batches, whose losses are
-    sums of weighted tokens, add up to the gradient of one batch. So do the parts of several
-    processes: rows and tokens are those of all of them.
+    The weights come from the whole step, before the first backward pass. A micro-batch's loss is a
+    weighted sum over tokens, so micro-batches add up to the exact gradient of one batch. So do the
+    parts of several processes: B and the tokens of the step count all of them.
     """
     mask = completion_mask.float()
     rows = len(mask) * process_count()
@@ -202,9 +199,9 @@ def token_weights(completion_mask: Tensor, *, loss: str, max_new_tokens: int) ->
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return Schulman's k3 estimate of KL(policy || reference) per token, >= 0, shape as given.
+    """Return Schulman's k3 estimate of KL(policy || reference) per token, never negative.
 
-    With d = log ref - log policy: `exp(d) - d - 1`. Its mean under the policy is the exact KL.
+    `exp(d) - d - 1` with d = log ref - log policy. Its mean under the policy is the exact KL.
 
     >>> k3_kl(torch.tensor([-1.0]), torch.tensor([-1.0]))
     tensor([0.])
@@ -222,20 +219,20 @@ def grpo_loss(
     clip_eps: float,
     clip_eps_high: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum over tokens of clipped surrogate and KL penalty, and statistics.
+    """Return the loss, a weighted sum over tokens, and statistics, each a sum over tokens.
 
     Per token, with ratio = exp(logprob - old logprob) and the row's advantage A:
         `-min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps_high) * A) + beta * k3`
 
-    All tensors are (B, C). While the policy is the one that sampled, the old log-probs are its own
-    detached: the ratio is exactly 1 and only its gradient matters. The loss value is then near zero
-    (advantages cancel within a group): that is no sign of a fault. Statistics are sums over tokens.
+    All tensors are (B, C). Until the first update the old log-probs are the policy's own, detached:
+    the ratio is exactly 1, and only its gradient matters. The loss is then close to zero, because
+    advantages cancel within a group. That is normal.
     """
     mask = rollout.completion_mask
     old_logprobs = logprobs.detach() if rollout.old_logprobs is None else rollout.old_logprobs
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    advantages = rollout.advantages.flatten()[:, None]  # (B, 1): a row's tokens share its own
+    advantages = rollout.advantages.flatten()[:, None]  # (B, 1): shared by all tokens of a row
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(logprobs)
@@ -273,11 +270,11 @@ def update(
     max_grad_norm: float,
     max_new_tokens: int,
 ) -> dict[str, float | str]:
-    """Take `inner_epochs` optimizer steps on one rollout and return the statistics of the last.
+    """Take `inner_epochs` optimizer steps on one rollout and return the last one's statistics.
 
-    Statistics are means over the step's completion tokens. The sampler's gap is taken in the
-    first epoch, while the policy is still the one that sampled. A step whose numbers are not all
-    finite is not taken: counted in `skipped`, and `not_finite` names what it was.
+    Statistics are means over the step's completion tokens. The sampler's gap comes from the first
+    epoch, while the policy is still the one that sampled. An update with a number that is not
+    finite is skipped: `skipped` counts those, and `not_finite` names the number.
     """
     weights = token_weights(rollout.completion_mask, loss=loss, max_new_tokens=max_new_tokens)
     skipped, not_finite, first_stats = 0, "", {}
@@ -302,9 +299,8 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         first_stats = first_stats or stats
         if rollout.old_logprobs is None:
-            rollout = replace(
-                rollout, old_logprobs=logprobs, prompts=rollout.prompts.without_image_features()
-            )
+            prompts = rollout.prompts.without_image_features()
+            rollout = replace(rollout, old_logprobs=logprobs, prompts=prompts)
     gap = {name: value for name, value in first_stats.items() if name.startswith("sampler_gap")}
     stats |= {**gap, "grad_norm": grad_norm}
     numbers = {name: float(value) for name, value in stats.items()}  # host sync
@@ -312,9 +308,9 @@ def update(
 
 
 def non_finite_names(rollout: Rollout, **numbers: Tensor) -> str:
-    """Return the names of what is nan or infinite, "" if all is well: rewards, and `numbers`.
+    """Return which of the rewards and `numbers` are nan or infinite, by name; "" if none are.
 
-    Rewards are looked at themselves: a group with a nan among them would get advantages of 0.
+    The rewards need a check of their own: a group with a nan among them has advantages of 0.
     """
     rewards_are_finite = all(math.isfinite(reward.total) for reward in rollout.rewards)
     wrong = [] if all(gather([rewards_are_finite])) else ["reward"]
@@ -331,9 +327,10 @@ def backward(
     temperature: float,
     **loss_options,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make a step's gradient anew; return its log-probs (B, C), detached, and statistics.
+    """Compute a step's gradient from scratch; return log-probs (B, C), detached, and statistics.
 
-    What was seen is a leaf for all parts; its gradient goes through the vision tower once.
+    All micro-batches share the image features as one leaf, so that its summed gradient goes back
+    through the vision tower only once.
     """
     policy.zero_grad(set_to_none=True)
     features = encode_images(policy, rollout.prompts).image_features
@@ -355,16 +352,16 @@ def backward(
         all_logprobs.append(logprobs.detach())
         all_stats.append({"loss": loss.detach(), "entropy": entropy.sum(), **stats})
     if leaf.requires_grad:
-        features.backward(leaf.grad, retain_graph=True)  # if memory runs out, all is done again
+        features.backward(leaf.grad, retain_graph=True)  # for a second try if memory runs out
     return torch.cat(all_logprobs), combine(all_stats, tokens=rollout.completion_mask.sum())
 
 
 def combine(parts: list[dict[str, Tensor]], *, tokens: Tensor) -> dict[str, Tensor]:
-    """Return a step's statistics from those of its micro-batches, in all processes: token means."""
+    """Return a step's statistics, token means over all micro-batches and processes."""
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     sums = {name: all_reduce_sum(column.sum()) for name, column in columns.items()}
     whole = {name: value / all_reduce_sum(tokens) for name, value in sums.items()}
-    whole["loss"] = sums["loss"]  # the token weights have divided it already
+    whole["loss"] = sums["loss"]  # already divided, by the token weights
     whole["sampler_gap_max"] = all_reduce_max(columns["sampler_gap_max"].max())
     return whole
 
@@ -373,8 +370,7 @@ def combine(parts: list[dict[str, Tensor]], *, tokens: Tensor) -> dict[str, Tens
 def sync_reference(policy, reference, *, mix: float) -> None:
     """Move the reference towards the policy, in place: `mix * policy + (1 - mix) * reference`.
 
-    In fp32, because in bf16 a small step towards the policy rounds to none (TR-DPO,
-    arXiv:2404.09656).
+    As in TR-DPO (arXiv:2404.09656), but in fp32: bf16 would round small moves to nothing.
     """
     for new, old in zip(policy.parameters(), reference.parameters(), strict=True):
         old.copy_(torch.lerp(old.float(), new.float(), mix))

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from config import Config, make_config, make_parser, saved_form, workload_of
 from engine.batching import PassSize
-from engine.fastpath import prepare_gpu, trust_triton
-from engine.loading import Loaded, check_files, check_use, load, trainable
+from engine.fastpath import prepare_gpu, verify_triton
+from engine.loading import Loaded, check_compatible, check_files, load, trainable
 from engine.machine import threads_beside_others
 from engine.model_files import ModelError
-from engine.parallel import gather, is_main, launched, process_count, process_index
+from engine.parallel import gather, is_main, process_count, process_index, rank_and_world_size
 from engine.prompts import Prompts, encode_prompts
 from engine.sampling import Sampler, make_generator
 from engine.sizes import place
@@ -40,7 +40,7 @@ from harness.health import Health, StopSignal
 from harness.loader import make_loader, next_batch
 from harness.memory import check_memory, disk_needs, flags_for_less, print_needs, trained_of
 from harness.runlog import RunError, RunLog, read_lines
-from harness.terminal import never_fail
+from harness.terminal import ignore_output_errors
 from rewards import SYSTEM_MESSAGE, Reward, make_prompt, score
 from shapes import Example, make_example
 
@@ -126,10 +126,9 @@ def take_step(
     )
     watch.lap("rollout_s")
     if config.beta > 0:
+        options = {"pass_size": pass_size, "temperature": config.temperature}
         with loaded.as_reference() as reference:
-            rollout = add_reference_logprobs(
-                reference, rollout, pass_size=pass_size, temperature=config.temperature
-            )
+            rollout = add_reference_logprobs(reference, rollout, **options)
     watch.lap("reference_s")
     options = config.pick(*UPDATE_OPTIONS)
     stats = update(loaded.policy, optimizer, rollout, pass_size=pass_size, **options)
@@ -161,7 +160,7 @@ def make_optimizer(config: Config, policy) -> torch.optim.Optimizer:
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": ADAM_EPS,
         "weight_decay": config.weight_decay,
-        "triton": trust_triton(trainable(policy)[0]),
+        "triton": verify_triton(trainable(policy)[0]),
     }
     if process_count() == 1:
         return optimi.AdamW(trainable(policy), **options)
@@ -269,13 +268,13 @@ def evaluate_and_log(
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, refuse what cannot work before anything is loaded, and train."""
-    never_fail()
+    ignore_output_errors()
     prepare_gpu()
     parser = make_parser(__doc__)
     parsed = parser.parse_args(arguments)
     process = 0
     try:
-        process, _ = launched()
+        process, _ = rank_and_world_size()
         config = make_config(parsed)
         config, loaded, log, resumed = prepare(config, parsed)
     except (ValueError, OSError, ModelError, RunError, checkpoint.CheckpointError) as error:
@@ -305,7 +304,7 @@ def prepare(config: Config, parsed: Namespace) -> tuple[Config, Loaded, RunLog, 
     else:
         default_name = getattr(parsed, "preset", None) or Path(config.model).resolve().name
         folders = runs.candidate_folders(place, config.name, default_name=default_name)
-    check_use(config.model, image_size=config.image_size, lora_rank=config.lora_rank)
+    check_compatible(config.model, image_size=config.image_size, lora_rank=config.lora_rank)
     if getattr(parsed, "dry_run", False):
         print(check_files(config.model))
         disk = disk_needs(workload_of(config), run or place, **config.disk_options)

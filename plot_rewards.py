@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.terminal import check_folder, never_fail, write_file
+from harness.terminal import check_folder, ignore_output_errors, write_file
 from shapes import Figure
 
 REWARDS = {  # key in metrics.jsonl: the reward's title and range
@@ -222,7 +222,7 @@ def pictures(runs: list[Path], out: Path | None, **options) -> dict[Path, Callab
 
 def main(arguments: list[str] | None = None) -> None:
     """Print how the rewards of each run changed, then plot them."""
-    never_fail()
+    ignore_output_errors()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,

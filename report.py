@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
-from harness.terminal import never_fail
+from harness.terminal import ignore_output_errors
 from plot_rewards import REWARDS, PlotError, curve, moving_average, read_metrics
 from shapes import KINDS, Figure, Shape, canvas_of, check_image_size, default_style
 
@@ -317,7 +317,7 @@ def step_numbers(text: str | None) -> list[int] | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the page about the run that the command line names."""
-    never_fail()
+    ignore_output_errors()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,

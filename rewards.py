@@ -1,7 +1,7 @@
-"""What the model is asked, and how its answer is judged. Standard library only.
+"""The prompt, and the rewards of a completion. Standard library only.
 
-The text that is judged comes from a model: it may be empty, huge, malformed or hostile. Nothing
-here raises on it, and the time is linear in its length.
+A completion is a model's text: it may be empty, huge, malformed or hostile. Nothing here raises on
+it, and everything takes time linear in its length.
 """
 
 import math
@@ -13,12 +13,12 @@ AREA_FORMAT_REWARD = 0.5
 XML_FORMAT_REWARD = 0.5
 CORRECTNESS = ("linear", "root", "log")  # shapes of the area reward: see `penalty`
 REASONING_TAGS = ("reasoning", "think")
-MAX_ANSWER_CHARS = 100  # a longer answer is not a number
+MAX_ANSWER_CHARS = 100  # longer answers are not parsed
 
 TWO_DECIMALS = re.compile(r"[0-9]+\.[0-9]{2}")
 
-# How the number in an answer is found. LaTeX, Markdown and typeset signs first become plain ones:
-PLAIN = (  # pattern, and what stands for it, from top to bottom
+# Parsing first replaces LaTeX, Markdown and typographic signs with plain characters:
+PLAIN = (  # (pattern, replacement), applied from top to bottom
     (r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)"),
     (r"\{,\}", ","),  # 1{,}200
     (r"\\(?:boxed|text|textbf|mathrm|mathbf|left|right|quad|displaystyle)(?![A-Za-z])", " "),
@@ -35,10 +35,10 @@ PLAIN = (  # pattern, and what stands for it, from top to bottom
     (r"\\approx(?![A-Za-z])|≈|\bequals\b", "="),
 )
 UNIT = r"(?<![A-Za-z])(?:[Uu]nits?|[cm]?m|in|ft|u|(?:[Cc]enti)?[Mm]eters?)(?![A-Za-z])"
-AREA_UNIT = re.compile(rf"({UNIT}\s*)(?:\^\s*\(?\s*2\s*\)?|2|squared)(?![\d.])")  # loses its power
+AREA_UNIT = re.compile(rf"({UNIT}\s*)(?:\^\s*\(?\s*2\s*\)?|2|squared)(?![\d.])")  # cm² -> cm
 
-# Then there must be one number, and beside it words that do not change it. What stands before an
-# equals sign must be words too, or a calculation, of which the number is the result.
+# The answer must then be one number, among words that leave its value alone. Any text before an
+# equals sign must be words too, or a calculation with that number as its result.
 WORDS = r"[A-Za-z\s.,;:'()]*"
 CHANGING = re.compile(
     r"\b(?:half|thirds?|quarters?|fifth|tenth|double|twice|triple|halved|doubled|square of|squared"
@@ -72,29 +72,29 @@ PROMPT = (
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """The three rewards of one completion, and what was read from it (None: no number)."""
+    """The three rewards of one completion, and the area parsed from it."""
 
     area_correctness: float  # in [-3, 3]
     area_format: float  # 0 or 0.5
     xml_format: float  # 0 or 0.5
-    predicted: float | None
-    relative_error: float  # in [0, 1], 1 where no number could be read
+    predicted: float | None  # None: no number could be parsed
+    relative_error: float  # in [0, 1]; 1 if no number could be parsed
 
     @property
     def total(self) -> float:
-        """The sum of the three, in [-3, 4]."""
+        """Return the sum of the three rewards, in [-3, 4]."""
         return self.area_correctness + self.area_format + self.xml_format
 
 
 def make_prompt(reasoning_tag: str = "reasoning") -> str:
-    """Return the user's message, which asks for the format that `score` rewards."""
+    """Return the user message, which asks for the format that `score` rewards."""
     return PROMPT.format(tag=reasoning_tag)
 
 
 def score(
     completion: str, area: float, *, reasoning_tag: str = "reasoning", correctness: str = "linear"
 ) -> Reward:
-    """Return the rewards of a completion for a shape of this area. Never raises on any completion.
+    """Return the rewards of a completion for a shape of this area. No completion makes it raise.
 
     >>> reward = score("<reasoning>A square of side 20.</reasoning><answer>400.00</answer>", 800.0)
     >>> reward.area_correctness, reward.area_format, reward.xml_format, reward.predicted
@@ -115,7 +115,7 @@ def score(
 
 
 def relative_error(predicted: float | None, area: float) -> float:
-    """Return `min(1, |predicted - area| / area)`, and 1 where no number could be read.
+    """Return `min(1, |predicted - area| / area)`, or 1 if `predicted` is None.
 
     >>> relative_error(50.0, 100.0)
     0.5
@@ -126,9 +126,11 @@ def relative_error(predicted: float | None, area: float) -> float:
 def penalty(predicted: float | None, area: float, *, correctness: str = "linear") -> float:
     """Return how wrong a number is, from 0 (exact) to 1; the area reward is `3 - 6 * penalty`.
 
-    linear  the relative error e: 0 points half off, -3 at double or nothing
+    linear  the relative error e: a number 50 % off earns 0, one 100 % off earns -3
     root    the square root of e: the last few percent count most
-    log     |log2(predicted / area)|, at most 1: half is as wrong as double
+    log     |log2(predicted / area)|, at most 1: half the area is as wrong as double
+
+    Raises `ValueError` for any other `correctness`.
 
     >>> [round(penalty(75.0, 100.0, correctness=name), 3) for name in CORRECTNESS]
     [0.25, 0.5, 0.415]
@@ -145,11 +147,10 @@ def penalty(predicted: float | None, area: float, *, correctness: str = "linear"
 
 
 def parse_area(completion: str) -> float | None:
-    """Return the one number in the one answer block, or None. Its format is judged elsewhere.
+    """Return the number in the answer block, whatever its format, or None.
 
-    Words, units and LaTeX around it are passed over unless they change it, and so is a calculation
-    that it is the result of. Two answer blocks are no answer, nor are two numbers in one, not even
-    equal ones.
+    Skips words, units and LaTeX that leave the number's value alone, and a calculation that ends
+    in it. Returns None for two answer blocks, and for two numbers in one block, even equal ones.
 
     >>> [parse_area(f"<answer>{text}</answer>") for text in ("about 1,200.5 cm²", "20 x 20 = 400")]
     [1200.5, 400.0]
@@ -166,11 +167,11 @@ def parse_area(completion: str) -> float | None:
     if not all(is_words(part) or is_calculation(part) for part in before):
         return None
     value = float(found[1].replace(",", ""))
-    return value if math.isfinite(value) else None  # "1e999" is infinite
+    return value if math.isfinite(value) else None  # float("1e999") is inf
 
 
 def plain(answer: str) -> str:
-    r"""Return an answer without what only dresses it.
+    r"""Return an answer in plain characters: no LaTeX, no Markdown, no squared units.
 
     >>> plain(r"$\boxed{20\times20=400 \text{ cm}^2}$").split()
     ['20*20=400', 'cm']
@@ -181,12 +182,12 @@ def plain(answer: str) -> str:
 
 
 def is_words(text: str) -> bool:
-    """Return whether there are only words in a text, and none that changes a number."""
+    """Return whether a text consists of words, none of which changes a number's value."""
     return re.fullmatch(WORDS, text) is not None and CHANGING.search(text) is None
 
 
 def is_calculation(text: str) -> bool:
-    """Return whether a text is arithmetic, perhaps after some words: `The area is 20 * 20`."""
+    """Return whether a text is arithmetic, possibly after some words: `The area is 20 * 20`."""
     start = re.search(OPERAND, text, re.ASCII | re.IGNORECASE)
     if start is None or not is_words(text[: start.start()]):
         return False
@@ -200,7 +201,7 @@ def is_calculation(text: str) -> bool:
 
 
 def answer_text(completion: str) -> str | None:
-    """Return what stands in the answer block, stripped, if there is just one; else None."""
+    """Return the stripped text of the answer block; None if there is not one, or it is too long."""
     if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
         return None
     answer, closed, _ = completion.partition("<answer>")[2].partition("</answer>")
@@ -211,13 +212,12 @@ def answer_text(completion: str) -> str | None:
 def is_strict_xml(completion: str, reasoning_tag: str = "reasoning") -> bool:
     """Return whether the whole completion is one reasoning block, then one answer block.
 
-    White space may stand around and between them, each tag occurs exactly once, and neither block
-    is empty or only white space. Half a point for saying nothing would be the most that a group of
-    wrong answers could earn, so GRPO would teach silence. What else stands in the blocks is not
-    judged.
+    Each tag must occur exactly once, with nothing but white space around and between the blocks,
+    and neither block may be blank. If two empty blocks earned half a point, a group of wrong
+    answers could earn no more, and GRPO would teach the model to say nothing. The text in the
+    blocks is not checked any further.
 
-    Because each tag occurs once, the pattern below has one place to match it, so it cannot
-    backtrack for long.
+    The pattern cannot backtrack for long: each tag occurs once, so it has one place to match.
     """
     tags = (f"<{reasoning_tag}>", f"</{reasoning_tag}>", "<answer>", "</answer>")
     if any(completion.count(tag) != 1 for tag in tags):

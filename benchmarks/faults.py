@@ -1,10 +1,11 @@
-"""What a run survives: kills, a full disk, bad command lines, hostile completions. Prints a table.
+"""Test what a run survives: kills, a full disk, bad command lines, hostile completions.
 
     pip install -r requirements-dev.txt
     python benchmarks/faults.py               # about 13 minutes on 2 cores
-    python benchmarks/faults.py --kills 3     # one part less long
+    python benchmarks/faults.py --kills 3     # fewer kills, less time
 
-Runs are those of the tiny model, 12 steps of 2 prompts x 4 completions, saved after every second.
+Prints a table. Runs train the tiny model for 12 steps of 2 prompts x 4 completions, and save every
+second step.
 """
 
 import argparse
@@ -40,20 +41,20 @@ from rewards import score  # noqa: E402
 STEPS, SAVE_EVERY = 12, 2
 RUN = f"--preset tiny --device cpu --steps {STEPS} --save-every {SAVE_EVERY} --keep 2 --workers 1"
 RUN += " --prompts-per-step 2 --group-size 4 --eval-every 4 --eval-examples 4 --sample-every 1"
-LOG_LIMIT = 6_000  # bytes: of the 12 lines, 7 go in
+LOG_LIMIT = 6_000  # bytes: room for 7 of the 12 lines
 LOGS = ("metrics", "evaluations", "samples")
-TIMED = ("_s", "peak_gib")  # ends of the keys whose values no two runs share
+TIMED = ("_s", "peak_gib")  # suffixes of the keys whose values differ from run to run
 
 
 # --- runs -------------------------------------------------------------------------------
 
 
 def start(runs: Path, name: str, *flags: str, file_limit: int | None = None) -> subprocess.Popen:
-    """Start a run, or resume it if its folder is there; no file may grow beyond `file_limit`."""
+    """Start a run, or resume it if its folder is there; no file may exceed `file_limit` bytes."""
     is_there = (runs / name / "config.json").exists()
-    beginning = [*RUN.split(), "--runs", str(runs), "--name", name, *flags]
-    arguments = ["--resume", str(runs / name)] if is_there else beginning
-    # a run killed before it could note its options has left nothing to go on with
+    new_run = [*RUN.split(), "--runs", str(runs), "--name", name, *flags]
+    arguments = ["--resume", str(runs / name)] if is_there else new_run
+    # a run killed before it wrote config.json left nothing to resume from
     if not is_there:
         shutil.rmtree(runs / name, ignore_errors=True)
 
@@ -70,14 +71,14 @@ def start(runs: Path, name: str, *flags: str, file_limit: int | None = None) -> 
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    """Wait for a run's end; return its exit code and the last line it wrote."""
+    """Wait for a run to end; return its exit code and its last line on stderr."""
     _, errors = process.communicate()
     lines = errors.decode(errors="replace").strip().splitlines()
     return process.returncode, lines[-1] if lines else ""
 
 
 def curves(run: Path) -> dict[str, list[dict]]:
-    """Return all lines of a run, without the values that measure time or memory."""
+    """Return all log lines of a run, without the values that measure time or memory."""
     return {
         name: [
             {key: value for key, value in line.items() if not key.endswith(TIMED)}
@@ -88,7 +89,7 @@ def curves(run: Path) -> dict[str, list[dict]]:
 
 
 def is_same(run: Path, whole: Path) -> bool:
-    """Return whether a run has the lines of another, bit for bit, and its final weights."""
+    """Return whether two runs have the same log lines and final weights, bit for bit."""
     weights = [(path / "final" / "model.safetensors").read_bytes() for path in (run, whole)]
     return curves(run) == curves(whole) and weights[0] == weights[1]
 
@@ -98,7 +99,7 @@ def is_same(run: Path, whole: Path) -> bool:
 
 @dataclass
 class Kills:
-    """What became of runs that were killed."""
+    """How the killed runs ended."""
 
     kills: int = 0
     while_saving: int = 0
@@ -109,13 +110,13 @@ class Kills:
 
 
 def lines_of(run: Path) -> int:
-    """Return the number of steps in a run's log."""
+    """Return the number of steps in the log of a run."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def wait_to_kill(process: subprocess.Popen, run: Path, moments: random.Random) -> bool:
-    """Wait for a random moment: of a save, of the steps, or of all. False if the run is done."""
+    """Wait for a random moment, in a save, in a step or anywhere; False if the run has ended."""
     kind, seen = moments.choice(("save", "save", "steps", "steps", "any")), lines_of(run)
     if kind == "any":
         time.sleep(moments.uniform(0, 10))
@@ -132,12 +133,12 @@ def wait_to_kill(process: subprocess.Popen, run: Path, moments: random.Random) -
 
 
 def is_saving(run: Path) -> bool:
-    """Return whether a checkpoint or the final model is half written."""
+    """Return whether a checkpoint or the final model is only half written."""
     return any(run.glob(".final.partial")) or any(run.glob("checkpoints/.*.partial"))
 
 
 def kill_runs(runs: Path, whole: Path, *, count: int, seed: int = 0) -> Kills:
-    """Kill runs `count` times at random moments, resume each time, and compare their ends."""
+    """Kill runs `count` times at random moments, resume each time, and compare the results."""
     found, moments = Kills(), random.Random(seed)
     while found.kills < count:
         run = runs / f"killed-{found.runs}"
@@ -149,18 +150,18 @@ def kill_runs(runs: Path, whole: Path, *, count: int, seed: int = 0) -> Kills:
                 process.communicate()
                 note_kill(found, run)
                 continue
-            code, told = finish(process)
-            if code and "12 steps are done" not in told:  # it was killed when all was done
-                found.faults.append(f"{run.name}: exit code {code}: {told}")
+            code, last_line = finish(process)
+            if code and "12 steps are done" not in last_line:  # killed after its last step
+                found.faults.append(f"{run.name}: exit code {code}: {last_line}")
                 break
             found.same += is_same(run, whole)
             break
-        print(f"  {found.kills} kills, {found.same} of {found.runs} runs the same", flush=True)
+        print(f"  {found.kills} kills, {found.same} of {found.runs} runs identical", flush=True)
     return found
 
 
 def note_kill(found: Kills, run: Path) -> None:
-    """Count a kill, and the steps that it cost."""
+    """Count a kill, and the steps it lost."""
     found.kills += 1
     found.while_saving += is_saving(run)
     saved = checkpoints_of(run)
@@ -172,24 +173,25 @@ def note_kill(found: Kills, run: Path) -> None:
 
 
 def full_disks(runs: Path, whole: Path) -> dict[str, str]:
-    """Return what became of runs whose disk was full in a save, and in a log line."""
+    """Return how runs ended whose disk was full in every save, and in a log line."""
     outcome = {}
-    process = start(runs, "no-room-to-save", file_limit=15_000_000)  # enough but for the moments
+    # room for every file but the optimizer's moments
+    process = start(runs, "no-room-to-save", file_limit=15_000_000)
     code, _ = finish(process)
     run = runs / "no-room-to-save"
     left = list((run / "checkpoints").iterdir())
     good = code == 0 and not left and is_same(run, whole)
-    outcome["in every save"] = "went on to the same end" if good else f"FAULT: {code}, {left}"
+    outcome["in every save"] = "finished, same result" if good else f"FAULT: {code}, {left}"
 
-    # no workers: what they hand over takes files of its own
+    # no workers: they hand over batches in files of their own
     process = start(runs, "no-room-to-log", "--workers", "0", file_limit=LOG_LIMIT)
-    code, told = finish(process)
+    code, last_line = finish(process)
     run = runs / "no-room-to-log"
     size = (run / "metrics.jsonl").stat().st_size
     resumed, _ = finish(start(runs, "no-room-to-log"))
-    good = code == 1 and "cannot be written" in told and size == LOG_LIMIT and resumed == 0
+    good = code == 1 and "cannot be written" in last_line and size == LOG_LIMIT and resumed == 0
     good = good and is_same(run, whole)
-    outcome["in a log line"] = "told, and resumed to the same end" if good else f"FAULT: {told}"
+    outcome["in a log line"] = "reported; resumed, same result" if good else f"FAULT: {last_line}"
     return outcome
 
 
@@ -197,11 +199,11 @@ def full_disks(runs: Path, whole: Path) -> dict[str, str]:
 
 
 class Accepted(BaseException):
-    """A command line that would have been run."""
+    """Raised in place of loading a model: the command line was accepted."""
 
 
 def command_lines() -> st.SearchStrategy[list[str]]:
-    """Return random command lines: all flags, with values of every kind."""
+    """Return a strategy for random command lines: all flags, with values of every kind."""
     actions = [a for a in trainer.make_parser()._actions if "--help" not in a.option_strings]
     flags = [flag for action in actions for flag in action.option_strings]
     odd = ["", "-1", "0", "nan", "inf", "-inf", "1e999", "9" * 30, "--", "-", ".", "/", "a\nb"]
@@ -220,9 +222,9 @@ def command_lines() -> st.SearchStrategy[list[str]]:
 
 
 def refused_lines(count: int) -> tuple[int, int]:
-    """Give `main` random command lines until `count` were refused; return refused and accepted.
+    """Feed `main` random command lines until it refuses `count`; return how many, and the accepted.
 
-    Raises `AssertionError` for a traceback, for more than one line, and for a file left behind.
+    Raises `AssertionError` for a traceback, an error of several lines, or a file left behind.
     """
     refused, accepted = [], []
 
@@ -246,7 +248,7 @@ def refused_lines(count: int) -> tuple[int, int]:
 
 
 def is_refused(line: list[str]) -> bool:
-    """Return whether a command line is refused, in one line on stderr and with exit code 2."""
+    """Return whether `main` refuses a command line; it must do so in one line, with exit code 2."""
     errors = io.StringIO()
     try:
         with (
@@ -269,7 +271,7 @@ def is_refused(line: list[str]) -> bool:
 
 @contextlib.contextmanager
 def working_in_empty_folder() -> Iterator[None]:
-    """Work in a folder of its own for a while."""
+    """Change to an empty temporary folder within the block."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -300,11 +302,11 @@ PIECES += [
 
 
 def hostile_completions(count: int, *, seed: int = 0) -> Iterator[str]:
-    """Yield completions a reward should not trust: most are short, one in 100 has a megabyte."""
+    """Yield completions that a reward must not trust: most are short, one in 100 is a megabyte."""
     chance = random.Random(seed)
     for number in range(count):
         pieces = chance.choices(PIECES, k=chance.randint(0, 30))
-        if number % 100 == 0:  # long runs of one or two pieces, around a good answer or not
+        if number % 100 == 0:  # a long repetition of one or two pieces
             run = "".join(chance.choices(PIECES, k=chance.randint(1, 2)))
             pieces.insert(chance.randint(0, len(pieces)), run * (2**20 // len(run)))
         if number % 3 == 0:
@@ -314,7 +316,7 @@ def hostile_completions(count: int, *, seed: int = 0) -> Iterator[str]:
 
 
 def judge(completion: str) -> float:
-    """Return the seconds to judge a completion and log it; check what is true of every one."""
+    """Return the seconds it takes to judge and log a completion; assert what holds for all."""
     begin = time.perf_counter()
     reward = score(completion, 400.0)
     line = json.dumps(
@@ -336,15 +338,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Run all four parts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="default: 100")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills' moments; default: 0")
     args = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder)
-        code, told = finish(start(runs, "whole"))
+        code, last_line = finish(start(runs, "whole"))
         if code:
-            sys.exit(f"the run that is compared with failed: {told}")
+            sys.exit(f"the run to compare with failed: {last_line}")
         found = kill_runs(runs, runs / "whole", count=args.kills, seed=args.seed)
         disks = full_disks(runs, runs / "whole")
     refused, accepted = refused_lines(200)
@@ -352,12 +354,12 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n| fault | outcome |\n|---|---|")
     print(
         f"| SIGKILL at {found.kills} random moments, {found.while_saving} of them in a save | "
-        f"{found.same} of {found.runs} runs resumed to the lines and weights of the run without, "
-        f"bit for bit; at most {found.most_steps_lost} steps lost, saved every {SAVE_EVERY} |"
+        f"{found.same} of {found.runs} runs resumed to the log and weights of a run never killed, "
+        f"bit for bit; at most {found.most_steps_lost} steps lost, with saves every {SAVE_EVERY} |"
     )
     for where, outcome in disks.items():
         print(f"| full disk {where} | {outcome} |")
-    print(f"| {refused} bad command lines ({accepted} good ones between) | one line, exit code 2 |")
+    print(f"| {refused} bad command lines (and {accepted} good ones) | one line, exit code 2 |")
     print(
         f"| {len(seconds):,} hostile completions, 100 of a megabyte | no exception, "
         f"slowest {1e3 * max(seconds):.0f} ms |"

@@ -1,14 +1,14 @@
-"""Checks and times every fast path at the true shape of Qwen2.5-VL, with random weights.
+"""Check and time every fast path at the true shape of Qwen2.5-VL, with random weights.
 
     python benchmarks/gpu.py                     # 7B, all weights: a GPU with 139 GiB
     python benchmarks/gpu.py --run 7b-adapters   # 7B, LoRA adapters: 80 GB
     python benchmarks/gpu.py --run 3b            # 3B, all weights: 80 GB
-    python benchmarks/gpu.py --device cpu        # the same code at toy size, in seconds: no numbers
-    python benchmarks/gpu.py --floors            # the floors alone, of cards whose rates are known
+    python benchmarks/gpu.py --device cpu        # the same code at toy size: no real timings
+    python benchmarks/gpu.py --floors            # only the floors, for cards with known rates
 
-The work of a step: 4 plots of 224 x 224 pixels, 8 completions each, 150 tokens on average and 250
-at most. A floor is the time of a phase if the card did nothing but read the weights and the filled
-key-value slots, or nothing but multiply matrices, at the rates that check 0 measures on it.
+A step has 4 plots of 224 x 224 pixels with 8 completions each, 150 tokens on average and 250 at
+most. The floor of a phase is the least time in which the card can read the weights and the filled
+key-value slots, or multiply the matrices, at the rates that check 0 measures.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from engine.fastpath import (
     matmul_fp32,
     prepare_gpu,
     relative_difference,
-    trust_triton,
+    verify_triton,
 )
 from engine.loading import Loaded, add_adapter, trainable, use_own_attention
 from engine.prompts import Prompts, embed_prompts, encode_images
@@ -60,7 +60,7 @@ from harness.checkpoint import save_shard
 from harness.memory import TEXT_TOKENS
 from harness.metrics import Stopwatch
 
-TOKEN = "ms a token"  # a decoding step of all rows
+TOKEN = "ms a token"  # one decode step, all rows
 ROLLOUT = "images, prompts, decoding"
 REFERENCE = "reference"
 UPDATE = "policy, log-probs, gradients, clip"
@@ -69,12 +69,12 @@ OPTIMIZER = "7. AdamW"
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape and a step's."""
+    """The shape of a model and of a step."""
 
     config: Qwen2_5_VLConfig
-    text_tokens: int  # of a prompt, beside 64 image tokens
-    longest: int  # completion tokens
-    mean: int
+    text_tokens: int  # per prompt, besides 64 image tokens
+    longest: int  # tokens of the longest completion
+    mean: int  # tokens per completion
     limit: int  # --max-new-tokens
     prompts: int = 4
     group_size: int = 8
@@ -82,23 +82,23 @@ class Shape:
 
     @property
     def prompt_length(self) -> int:
-        """P."""
+        """Return P, the tokens per prompt."""
         return self.text_tokens + 64
 
     @property
     def lengths(self) -> list[int]:
-        """Ragged, with the shape's mean and maximum."""
+        """Return ragged completion lengths with this mean and maximum."""
         low = 2 * self.mean - self.longest
         spread = torch.linspace(low, self.longest, self.rows).long().tolist()
         return [spread[(11 * row) % self.rows] for row in range(self.rows)]
 
     @property
     def rows(self) -> int:
-        """B."""
+        """Return B, the completions per step."""
         return self.prompts * self.group_size
 
 
-RUNS = {  # model and rank of the adapters
+RUNS = {  # model and adapter rank; 0: all weights
     "7b": ("Qwen/Qwen2.5-VL-7B-Instruct", 0),
     "7b-adapters": ("Qwen/Qwen2.5-VL-7B-Instruct", 32),
     "3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 0),
@@ -106,7 +106,7 @@ RUNS = {  # model and rank of the adapters
 
 
 def true_shape(run: str) -> Shape:
-    """Return one of RUNS and the default step."""
+    """Return the shape of one of RUNS at the default step."""
     model, rank = RUNS[run]
     return Shape(shape_config(model), TEXT_TOKENS, 250, 150, 512, lora_rank=rank)
 
@@ -142,20 +142,20 @@ def toy_shape() -> Shape:
 
 @dataclass(frozen=True)
 class Card:
-    """What a GPU can do at most."""
+    """The peak rates of a GPU."""
 
     bytes_per_s: float  # read or written
     flops_per_s: float  # bf16 products
 
 
-CARDS = {  # a copy and a product of 8192 x 8192 matrices, measured once on one card of each
+CARDS = {  # measured once on one card each: a copy, and a product of 8192 x 8192 matrices
     "H100 80GB": Card(3.0e12, 798e12),
     "H200": Card(4.3e12, 790e12),
 }
 
 
 def floors_ms(shape: Shape, card: Card) -> dict[str, float]:
-    """Return the least time of each phase of a step, and of one decoding step."""
+    """Return the least time of each phase of a step, and of one decode step, in ms."""
     text, vision = shape.config.text_config, shape.config.vision_config
     hidden, size = text.hidden_size, text.hidden_size // text.num_attention_heads
     keys = text.num_key_value_heads * size
@@ -166,12 +166,12 @@ def floors_ms(shape: Shape, card: Card) -> dict[str, float]:
     tokens, patches = sum(shape.lengths), 256 * shape.prompts
     packed, prompt = shape.prompts * shape.prompt_length + tokens, shape.prompt_length
     pairs = shape.prompts * prompt**2 / 2 + sum(n * (prompt + n / 2) for n in shape.lengths)
-    attention = 2 * text.num_hidden_layers * hidden * pairs  # multiplications, as the others
+    attention = 2 * text.num_hidden_layers * hidden * pairs  # multiply-adds, like the rest
     forward = 2 * (layers * packed + attention + head * tokens + tower * patches)
-    # backward: products for the activations, and for weights if they are trained; logits anew
+    # backward: gradients of activations and, if trained, of weights; logits are recomputed
     passes = 2 if shape.lora_rank else 3
     update = 2 * (passes * layers * packed + 3 * attention + (passes + 1) * head * tokens)
-    update += 0 if shape.lora_rank else 2 * 2 * tower * patches  # forward: with the rollout
+    update += 0 if shape.lora_rank else 2 * 2 * tower * patches  # its forward pass: ROLLOUT
     filled = shape.rows * (shape.prompt_length + shape.longest / 2)
     token = 2 * (layers + head) + 2 * 2 * text.num_hidden_layers * keys * filled
     prompts = 2 * (layers * shape.prompts * shape.prompt_length + tower * patches)
@@ -180,9 +180,9 @@ def floors_ms(shape: Shape, card: Card) -> dict[str, float]:
         TOKEN: decoding,
         ROLLOUT: 1e3 * prompts / card.flops_per_s + (shape.longest - 1) * decoding,
         REFERENCE: 1e3 * forward / card.flops_per_s,
-        # and the gradients are read once for their norm
+        # plus one read of the gradients, for their norm
         UPDATE: 1e3 * (update / card.flops_per_s + 2 * trained / card.bytes_per_s),
-        OPTIMIZER: 1e3 * 18 * trained / card.bytes_per_s,  # five tensors are read, four written
+        OPTIMIZER: 1e3 * 18 * trained / card.bytes_per_s,  # reads five tensors, writes four
     }
 
 
@@ -198,12 +198,12 @@ def print_floors() -> None:
 
 
 def trained_parameters(shape: Shape) -> int:
-    """Return how many parameters a step updates."""
+    """Return the number of parameters that a step updates."""
     return trained_count(shape.config, lora_rank=shape.lora_rank)
 
 
 class Bench:
-    """A random model of some shape, its prompts, and how things are timed on its device."""
+    """A random model of a given shape, its prompts, and timing on its device."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         self.shape, self.device = shape, torch.device(device)
@@ -212,7 +212,7 @@ class Bench:
             self.model = Qwen2_5_VLForConditionalGeneration._from_config(
                 shape.config, dtype=torch.bfloat16
             ).eval()
-        self.model.generation_config.eos_token_id = []  # completions as long as they are asked for
+        self.model.generation_config.eos_token_id = []  # no token ends a completion
         use_own_attention(self.model)
         adapter = None
         if shape.lora_rank:
@@ -220,10 +220,10 @@ class Bench:
             self.model.to(self.device)
         self.loaded = Loaded(self.model, None, None, adapter)
         self.prompts, self.lengths = self.make_prompts(), shape.lengths
-        self.card = Card(float("nan"), float("nan"))  # until check 0
+        self.card = Card(float("nan"), float("nan"))  # set by check 0
 
     def make_prompts(self) -> Prompts:
-        """Return prompts of random words around one image of 16 x 16 patches."""
+        """Return prompts of random tokens, each around one image of 16 x 16 patches."""
         shape, image = self.shape, self.shape.config.image_token_id
         ids = torch.randint(10, 500, (shape.prompts, shape.prompt_length))
         ids[:, 8:72] = image
@@ -232,7 +232,7 @@ class Bench:
         return Prompts(ids, patches, (ids == image).long(), grid).to(self.device)
 
     def milliseconds(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """Return the median time of some work, after two runs to warm up."""
+        """Return the median time of `work` in ms, after two warm-up calls."""
         times = []
         for _ in range(repeats + 2):
             self.synchronize()
@@ -248,11 +248,11 @@ class Bench:
             torch.cuda.synchronize()
 
     def floor(self, name: str) -> float | str:
-        """Return a phase's floor where it applies: at the true shape, on a GPU."""
+        """Return the floor of a phase in ms; "-" on a CPU, where it means nothing."""
         return floors_ms(self.shape, self.card)[name] if self.device.type == "cuda" else "-"
 
     def peak_gib(self) -> float:
-        """Return the most memory that tensors have had since the last call; nan on a CPU."""
+        """Return the peak of allocated memory since the last call; nan on a CPU."""
         if self.device.type != "cuda":
             return float("nan")
         peak = torch.cuda.max_memory_allocated() / GIB
@@ -267,17 +267,17 @@ def row(*cells) -> None:
 
 
 def heading(*cells: str) -> None:
-    """Print the head of a table."""
+    """Print a table's header."""
     print()
     row(*cells)
     row(*["---"] * len(cells))
 
 
-# --- the pieces -------------------------------------------------------------------------
+# --- the checks -------------------------------------------------------------------------
 
 
 def check_card(bench: Bench) -> None:
-    """0. What the card can do at most, for the floors."""
+    """0. The card's peak rates, for the floors."""
     side = 8192 if bench.device.type == "cuda" else 256
     a, b = torch.randn(2, side, side, device=bench.device).bfloat16()
     source = torch.zeros(64 * side * side, device=bench.device, dtype=torch.uint8)
@@ -290,7 +290,7 @@ def check_card(bench: Bench) -> None:
 
 
 def check_attention(bench: Bench) -> None:
-    """1. The packed pass's flash form against a mask: difference, forward and backward; times."""
+    """1. Attention in the packed pass, flash kernel against mask: difference and time."""
     shape, text = bench.shape, bench.shape.config.text_config
     size = text.hidden_size // text.num_attention_heads
     slots = shape.prompt_length + shape.longest
@@ -314,7 +314,7 @@ def check_attention(bench: Bench) -> None:
 
 
 def check_decode_attention(bench: Bench) -> None:
-    """2. Attention of one token: SDPA with a mask against matmul and softmax."""
+    """2. Attention in a decode step: SDPA with a mask against matmul and softmax."""
     shape, text = bench.shape, bench.shape.config.text_config
     size = text.hidden_size // text.num_attention_heads
     slots = -(-(shape.prompt_length + shape.limit) // 8) * 8
@@ -342,16 +342,16 @@ def check_decode_attention(bench: Bench) -> None:
 
 
 def check_decoding(bench: Bench) -> None:
-    """3. A decoding step: plain, compiled, recorded. 4. Sampling from a recorded step."""
+    """3. A decode step: plain, captured, compiled. 4. Sampling with a captured step."""
     shape = bench.shape
-    heading("3. decoding step, all rows", "first call, s", TOKEN, "floor, ms")
-    forms = {"plain": (False, False), "recorded": (False, True), "compiled, recorded": (True, True)}
-    for name, (compiled, recorded) in forms.items():
+    heading("3. decode step, all rows", "first call, s", TOKEN, "floor, ms")
+    forms = {"plain": (False, False), "captured": (False, True), "compiled, captured": (True, True)}
+    for name, (compiled, captured) in forms.items():
         fastpath.VERDICTS.pop(CAPTURED, None)
         fastpath.VERDICTS.pop(COMPILED, None)
         if not compiled:
             fastpath.VERDICTS[COMPILED] = False
-        if not recorded:
+        if not captured:
             fastpath.VERDICTS[CAPTURED] = False
         sampler = Sampler(bench.model, max_new_tokens=shape.limit, pad_id=0)
         start = time.perf_counter()
@@ -369,19 +369,21 @@ def check_decoding(bench: Bench) -> None:
 
         row(name, first_call, bench.milliseconds(steps, 3) / (shape.limit // 2),
             bench.floor(TOKEN))  # fmt: skip
-        if not recorded:
+        if not captured:
             continue
-        ids = [draw(bench, sampler, seed).ids for seed in (1, 1, 2)]
+        ids = [sample(bench, sampler, seed).ids for seed in (1, 1, 2)]
         distinct = len({tuple(line) for line in ids[0].tolist()})
         print(
             f"4. {name}: the same seed repeats: {torch.equal(ids[0], ids[1])}, another differs: "
             f"{not torch.equal(ids[0], ids[2])}, distinct rows: {distinct} of {shape.rows}"
         )
-    print(f"trusted: {', '.join(name for name, right in fastpath.VERDICTS.items() if right)}")
+    print(f"verified: {', '.join(name for name, right in fastpath.VERDICTS.items() if right)}")
 
 
-def draw(bench: Bench, sampler: Sampler, seed: int, prompts: Prompts | None = None) -> Completions:
-    """Return one rollout's completions, of `prompts` if they have been seen already."""
+def sample(
+    bench: Bench, sampler: Sampler, seed: int, prompts: Prompts | None = None
+) -> Completions:
+    """Return one rollout's completions; `prompts` are the bench's with their images encoded."""
     generator = make_generator(str(bench.device), seed)
     return sampler.generate(
         prompts or bench.prompts,
@@ -392,7 +394,7 @@ def draw(bench: Bench, sampler: Sampler, seed: int, prompts: Prompts | None = No
 
 
 def check_products(bench: Bench) -> None:
-    """5. Logits in fp32 of bf16 states and weights."""
+    """5. fp32 logits from bf16 hidden states and weights."""
     weight = bench.model.lm_head.weight
     states = torch.randn(bench.shape.rows, weight.shape[1], device=bench.device).bfloat16()
     heading("5. logits of one token in all rows", "relative difference", "ms")
@@ -405,14 +407,14 @@ def check_products(bench: Bench) -> None:
 
 
 def check_vision(bench: Bench) -> None:
-    """Images, embeddings and positions of all prompts, as every pass begins."""
+    """The start of a pass: encode all images, embed all prompts, compute positions."""
     heading("images and embeddings", "ms")
     with torch.no_grad():
         row("no gradient", bench.milliseconds(lambda: embed_prompts(bench.model, bench.prompts)))
 
 
 def check_norms(bench: Bench) -> None:
-    """6. The packed pass with transformers' RMSNorm and with torch's fused one."""
+    """6. The packed pass with transformers' RMSNorm against torch's fused one."""
     stock = Qwen2_5_VLRMSNorm.forward
 
     def fused(self, x: Tensor) -> Tensor:
@@ -446,7 +448,7 @@ def scores(bench: Bench, lengths: list[int], **options) -> Tensor:
 
 
 def check_longest(bench: Bench) -> None:
-    """8. Memory when every completion runs into the limit."""
+    """8. Time and memory of the packed pass when every completion reaches the limit."""
     bench.peak_gib()
     tokens = bench.prompts.input_ids.numel() + bench.shape.rows * bench.shape.limit
     start = time.perf_counter()
@@ -460,9 +462,9 @@ def check_longest(bench: Bench) -> None:
 
 
 def whole_step(bench: Bench) -> None:
-    """A step as main.py takes it: phases beside their floors, and peak memory. Also 7.
+    """A step like main.py's: the phases beside their floors, and peak memory. Includes 7.
 
-    Key-value slots are for the longest completion; main.py has them for --max-new-tokens.
+    The key-value cache has room for the longest completion; main.py's for --max-new-tokens.
     """
     shape, policy = bench.shape, bench.model
     loaded = bench.loaded
@@ -473,10 +475,10 @@ def whole_step(bench: Bench) -> None:
     all_phases, pass_size = [], PassSize(micro_batch=4)
     for number in range(5):
         if number == 2:
-            bench.peak_gib()  # the first steps also compile, record and check
+            bench.peak_gib()  # the first two steps also compile, capture and check
         watch = Stopwatch(bench.synchronize)
         prompts = encode_images(policy, bench.prompts)
-        completions = draw(bench, sampler, number, prompts)
+        completions = sample(bench, sampler, number, prompts)
         watch.lap(ROLLOUT)
         rollout = make_rollout(bench, prompts, completions)
         with loaded.as_reference() as reference:
@@ -490,7 +492,7 @@ def whole_step(bench: Bench) -> None:
             max_grad_norm=1.0, max_new_tokens=shape.limit,
         )  # fmt: skip
         watch.lap("both")
-        del prompts, rollout  # and what the vision tower kept
+        del prompts, rollout  # frees the vision tower's activations
         seconds = dict(watch.seconds)
         seconds[UPDATE] = seconds.pop("both") - optimizer.seconds
         all_phases.append({**seconds, OPTIMIZER: optimizer.seconds})
@@ -511,7 +513,7 @@ def whole_step(bench: Bench) -> None:
 
 
 def whole_run(bench: Bench, step_s: dict[str, float]) -> None:
-    """9. The time of a run with the default flags, from that of its parts."""
+    """9. The time of a run with the default options, added up from its parts."""
     config, shape = Config(), bench.shape
     weights = 2 * sum(parameter.numel() for parameter in bench.model.parameters())
     trained = 2 * sum(parameter.numel() for parameter in trainable(bench.model))
@@ -528,12 +530,12 @@ def whole_run(bench: Bench, step_s: dict[str, float]) -> None:
     heading(f"9. a run of {config.steps} steps", "minutes")
     for name, seconds in {**parts, "sum": sum(parts.values())}.items():
         row(name, seconds / 60)
-    print(f"{saves} checkpoints at {seconds_a_gib:.2f} s a GiB on this disk, "
+    print(f"{saves} checkpoints at {seconds_a_gib:.2f} s per GiB on this disk, "
           f"{evaluations} evaluations of {config.eval_examples} examples")  # fmt: skip
 
 
 def saving_seconds(mib: int) -> float:
-    """Return the seconds that a GiB of an optimizer's state takes to the disk itself."""
+    """Return the seconds it takes to write and flush one GiB of optimizer state."""
     state = [torch.randn(16 * 2**19).bfloat16() for _ in range(mib // 16)]  # 16 MiB each
     optimizer = optimi.AdamW([torch.nn.Parameter(tensor) for tensor in state[:1]], lr=1e-6)
     optimizer.state[optimizer.param_groups[0]["params"][0]] = dict(enumerate(state))
@@ -544,16 +546,16 @@ def saving_seconds(mib: int) -> float:
 
 
 class TimedOptimizer(optimi.AdamW):
-    """The optimizer of main.py; knows the seconds of its last step, the clipping left out."""
+    """The optimizer of main.py, with the seconds of its last step, without clipping."""
 
     def __init__(self, policy, bench: Bench) -> None:
         options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0}
         parameters = trainable(policy)
-        super().__init__(parameters, lr=1e-6, triton=trust_triton(parameters[0]), **options)
+        super().__init__(parameters, lr=1e-6, triton=verify_triton(parameters[0]), **options)
         self.bench, self.seconds = bench, 0.0
 
     def step(self) -> None:
-        """Take the step and time it."""
+        """Take a step and time it."""
         watch = Stopwatch(self.bench.synchronize)
         super().step()
         watch.lap("step")
@@ -561,7 +563,7 @@ class TimedOptimizer(optimi.AdamW):
 
 
 def make_rollout(bench: Bench, prompts: Prompts, completions: Completions) -> Rollout:
-    """Return a rollout of the sampled tokens, cut to the ragged lengths, with random rewards."""
+    """Return a rollout of the sampled tokens, cut to ragged lengths, with random advantages."""
     shape = bench.shape
     lengths = torch.tensor(bench.lengths, device=bench.device)
     mask = torch.arange(shape.longest, device=bench.device) < lengths[:, None]
@@ -592,7 +594,7 @@ CHECKS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the checks that are asked for, each as a table."""
+    """Run the requested checks, and print a table for each."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,
@@ -600,23 +602,25 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--run", choices=RUNS, default="7b", help="what is trained")
-    parser.add_argument("--floors", action="store_true", help="print floors, measure nothing")
+    parser.add_argument("--run", choices=RUNS, default="7b", help="what to train")
+    parser.add_argument("--floors", action="store_true", help="print the floors and stop")
     args = parser.parse_args(arguments)
     if args.floors:
         return print_floors()
     prepare_gpu()
     if unknown := set(args.checks) - CHECKS.keys():
-        parser.error(f"{', '.join(unknown)}: must be of {', '.join(CHECKS)}")
+        parser.error(f"{', '.join(unknown)}: must be one of {', '.join(CHECKS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA GPU was found; --device cpu runs the same code at toy size")
+        parser.error("--device cuda: no CUDA GPU was found; cpu runs the same code at toy size")
     bench = Bench(true_shape(args.run) if args.device == "cuda" else toy_shape(), args.device)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, toy size: no numbers"
+    name = (
+        torch.cuda.get_device_name() if args.device == "cuda" else "CPU, toy size: no real timings"
+    )
     count = sum(parameter.numel() for parameter in bench.model.parameters())
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{count / 1e9:.2f} billion parameters, P = {bench.prompts.input_ids.shape[1]}, "
           f"completion tokens {sum(bench.lengths)}, longest {max(bench.lengths)}")  # fmt: skip
-    for check in ["card", *(args.checks or list(CHECKS)[1:])]:  # the floors need the first
+    for check in ["card", *(args.checks or list(CHECKS)[1:])]:  # floors need its rates
         CHECKS[check](bench)
         bench.model.zero_grad()
         fastpath.VERDICTS.clear()

@@ -1,12 +1,12 @@
-"""How a step's time grows with the group and with the completions: tiny model, CPU, 4 prompts.
+"""How a step's time grows with group size and completion length: tiny model, CPU, 4 prompts.
 
-    python benchmarks/growth.py          # about 3 minutes on 2 cores, best run alone
+    python benchmarks/growth.py          # about 3 minutes on 2 cores; run it alone
     python benchmarks/growth.py --device cuda --model DIR --lr 1e-6 --max-new-tokens 250 \\
         --group-sizes 8,16,32,64 --lengths 250,512 --image-sizes 224,448 --picture growth-gpu.png
 
-Completions have a fixed length here: no token ends one. Prints a table for each thing that is
-varied, the others as they are, and draws the first two. Each number is the median of the steps but
-the first.
+Completions have a fixed length: no token ends one. Prints one table per varied size, with the
+others at their defaults, and draws the first two. Each number is the median over all steps but the
+first.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from peers import Task, add_flags, task_of
 from step import PHASES, own_steps, prepare_gpu
 
-from harness.terminal import check_folder, never_fail, write_file
+from harness.terminal import check_folder, ignore_output_errors, write_file
 from shapes import Figure
 
 GROUP_SIZES = (4, 8, 16, 32, 64)
@@ -29,19 +29,19 @@ PICTURE = Path(__file__).resolve().parents[1] / "experiments" / "results" / "gro
 
 
 def measure(task: Task) -> dict[str, float]:
-    """Return the median seconds of a step of this trainer, and of its phases."""
+    """Return the median seconds of a step of our trainer, and of its phases."""
     print(task, file=sys.stderr)
     steps = list(own_steps(task, STEPS, fixed_length=True))[1:]
     return {name: statistics.median(step[name] for step in steps) for name in ("step_s", *PHASES)}
 
 
 def numbers(text: str) -> list[int]:
-    """Return the numbers in "4,8,16"."""
+    """Return the numbers in a list like "4,8,16"."""
     return [int(number) for number in text.split(",") if number]
 
 
 def table(name: str, measured: dict[int, tuple[Task, dict[str, float]]]) -> None:
-    """Print one row per value of what was varied."""
+    """Print one row per value of the varied size."""
     print(f"\n| {name} | s a step | rollout | reference | update | ms a completion | us a token |")
     print("|---|---|---|---|---|---|---|")
     for value, (task, seconds) in measured.items():
@@ -52,7 +52,7 @@ def table(name: str, measured: dict[int, tuple[Task, dict[str, float]]]) -> None
 
 
 def draw(groups: dict, lengths: dict, picture: Path) -> None:
-    """Draw milliseconds a completion over group size, and microseconds a token over length."""
+    """Draw microseconds per completion token over group size and over completion length."""
     figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, measured, label in (
@@ -76,8 +76,8 @@ def draw(groups: dict, lengths: dict, picture: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and draw."""
-    never_fail()
+    """Measure, print the tables and draw the picture."""
+    ignore_output_errors()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,

@@ -1,11 +1,12 @@
-"""Peak memory of scoring with gradients at the 7B model's widths, beside the naive pass, on a CPU.
+"""Peak memory of scoring with gradients at the 7B model's widths, against a naive pass, on a CPU.
 
     python benchmarks/memory.py          # a few minutes on 2 cores
 
-One decoder layer and the vocabulary of the 7B model (hidden width 3584, 152,064 words, tied, fp32,
-random), one prompt of 193 tokens with G completions, 150 tokens on average and 250 at most. Each
-measurement is a fresh process; what is told is its peak above the weights and their gradients. The
-vocabulary is frozen: its gradient, 2 GiB in either pass, would only hide the difference.
+The model has one decoder layer and the vocabulary of the 7B model (hidden size 3584, 152,064
+tokens, tied, fp32, random weights); one prompt of 193 tokens has G completions, 150 tokens on
+average and 250 at most. Each measurement runs in a fresh process and reports its peak above
+weights and gradients. The vocabulary matrix is frozen: its gradient, 2 GiB in either pass, would
+only hide the difference.
 """
 
 import argparse
@@ -29,7 +30,7 @@ TEXT_TOKENS, LONGEST, MEAN = 129, 250, 150
 
 
 def wide_model() -> Qwen2_5_VLForConditionalGeneration:
-    """Return one layer of the 7B model, under a vision tower of one small block."""
+    """Return one layer of the 7B model, with a vision tower of one small block."""
     text = {
         "vocab_size": 152_064,
         "hidden_size": 3584,
@@ -52,12 +53,12 @@ def wide_model() -> Qwen2_5_VLForConditionalGeneration:
 
 
 def peak_above_weights(kind: str, group_size: int) -> float:
-    """Return the GiB that a forward and backward pass takes beside weights and gradients."""
+    """Return the GiB that a forward and backward pass takes on top of weights and gradients."""
     model = wide_model()
     model.lm_head.weight.requires_grad_(False)
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        parameter.grad = torch.ones_like(parameter)  # so that they are not counted
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+        parameter.grad = torch.ones_like(parameter)  # counted in the base
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory now in use
     base = resident("VmRSS")
     image = model.config.image_token_id
     ids = torch.randint(10, 500, (1, TEXT_TOKENS + 64))
@@ -89,13 +90,13 @@ def peak_above_weights(kind: str, group_size: int) -> float:
 
 
 def resident(name: str) -> float:
-    """Return this process's memory in GiB, now (VmRSS) or at its peak (VmHWM); Linux only."""
+    """Return this process's memory in GiB, current (VmRSS) or peak (VmHWM); Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / GIB
 
 
 def measure(kind: str, group_size: int) -> float:
-    """Return `peak_above_weights` of a fresh process."""
+    """Return `peak_above_weights`, measured in a fresh process."""
     command = [sys.executable, __file__, "--kind", kind, "--group-size", str(group_size)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -1,14 +1,14 @@
-"""Two peers that our trainer is timed against: one GRPO step in stock transformers, one in TRL.
+"""The two peers of our trainer: a GRPO step in stock transformers, and one in TRL.
 
-Both do the same work as `main.py --preset tiny` on a CPU in fp32: the same checkpoint, plots,
-rewards, group size, lengths and loss. Each is best run in a process of its own:
+Both do the work of `main.py --preset tiny` on a CPU in fp32: the same checkpoint, plots, rewards,
+group size, lengths and loss. Run each in a process of its own:
 
     python benchmarks/peers.py naive --steps 4
     python benchmarks/peers.py trl --steps 4
     python benchmarks/peers.py naive --device cuda --model DIR --prompts 4 --max-new-tokens 250
 
-It prints one JSON line per step. The first step is a warm-up, not to be counted. On a GPU weights
-are bf16.
+Prints one JSON line per step; the first step is a warm-up, so don't count it. On a GPU, weights are
+bf16.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the task's modules lie there, and are no installed package
+sys.path.insert(0, str(ROOT))  # the project is not an installed package
 
 from rewards import SYSTEM_MESSAGE, make_prompt, score  # noqa: E402
 from shapes import Example, ShapeSpec, make_example  # noqa: E402
 
 STD_EPS = 1e-4  # added to the group's standard deviation
-CLIP_EPS = 0.2  # of the ratio, to either side
+CLIP_EPS = 0.2  # of the ratio, on either side
 MAX_GRAD_NORM = 1.0
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
 PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
@@ -42,7 +42,7 @@ PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one step of either peer has to do. The defaults are those of the tiny preset."""
+    """The work of one step. The defaults are those of the tiny preset."""
 
     model: str = str(ROOT / "tiny")
     prompts: int = 8
@@ -53,58 +53,58 @@ class Task:
     lr: float = 1.5e-4
     temperature: float = 1.0
     seed: int = 0
-    rows_per_pass: int = 8  # of a forward and backward pass: 8 % faster than all 64 at once
+    rows_per_pass: int = 8  # per forward and backward pass: 8 % faster than all 64 at once
     device: str = "cpu"
-    cache: str = "dynamic"  # of transformers' generate: its default; "static" compiles on a GPU
+    cache: str = "dynamic"  # the default of transformers' generate; "static" compiles on a GPU
 
     @property
     def rows(self) -> int:
-        """Completions of one step."""
+        """Return the number of completions per step."""
         return self.prompts * self.group_size
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Return the dtype of the weights."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
 
 def flags_of(task: Task) -> list[str]:
-    """Return the command line that `add_flags` reads as this task."""
+    """Return the command-line flags that describe this task, for `task_of`."""
     names = [field.name for field in dataclasses.fields(Task)]
     return [word for name in names for word in (flag_of(name), str(getattr(task, name)))]
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of one of the task's fields."""
+    """Return the flag of a field of Task."""
     return "--" + name.replace("_", "-")
 
 
 def add_flags(parser: argparse.ArgumentParser, task: Task | None = None) -> None:
-    """Let a command line change a task, by default that of the tiny preset."""
+    """Add a flag for each field of Task; the defaults are `task`'s, or the tiny preset's."""
     for field in dataclasses.fields(Task):
         default = getattr(task or Task(), field.name)
         parser.add_argument(flag_of(field.name), type=field.type, default=default)
 
 
 def task_of(args: argparse.Namespace) -> Task:
-    """Return the task of a command line."""
+    """Return the task that a parsed command line describes."""
     return Task(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Task)})
 
 
 def peak(task: Task) -> dict[str, float]:
-    """Return the most GPU memory that tensors have had; nothing on a CPU."""
+    """Return the peak of allocated GPU memory; nothing on a CPU."""
     return {} if task.device == "cpu" else {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def now(task: Task) -> float:
-    """Return the time, once the device has done all that it was asked to."""
+    """Return the time, once the device has finished its work."""
     if task.device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def draw(task: Task, index: int) -> Example:
-    """Return example `index` of the training split; a step takes the next `task.prompts`."""
+    """Return example `index` of the training split; each step takes the next `task.prompts`."""
     options = {"seed": task.seed, "split": "train", "image_size": task.image_size}
     return make_example(ShapeSpec(), index=index, **options)
 
@@ -113,7 +113,7 @@ def draw(task: Task, index: int) -> Example:
 
 
 def naive_steps(task: Task, steps: int) -> Iterator[dict]:
-    """Yield the timings of GRPO steps written with nothing but what transformers offers."""
+    """Yield the timings of GRPO steps written in plain transformers."""
     torch.manual_seed(task.seed)
     processor = AutoProcessor.from_pretrained(task.model)
     policy, reference = load(task), load(task).requires_grad_(False)
@@ -162,19 +162,19 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
 
 
 def load(task: Task) -> Qwen2_5_VLForConditionalGeneration:
-    """Return the task's model, in evaluation mode: it has no dropout to switch on."""
+    """Return the task's model, in evaluation mode: it has no dropout anyway."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(task.model, dtype=task.dtype)
     return model.to(task.device).eval()
 
 
 def chat(prompt: str) -> list[dict]:
-    """Return the messages of one prompt with a place for one image."""
+    """Return the chat messages of one prompt with one image."""
     question = [{"type": "image"}, {"type": "text", "text": prompt}]
     return [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": question}]
 
 
 def encode_prompts(processor, examples: list[Example], group_size: int) -> dict[str, Tensor]:
-    """Return model inputs of all rows: every prompt and its image, repeated for its group."""
+    """Return the model inputs of all rows: each prompt and its image, repeated for its group."""
     messages = chat(make_prompt())
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     images = [example.image for example in examples]
@@ -185,13 +185,13 @@ def encode_prompts(processor, examples: list[Example], group_size: int) -> dict[
         padding_side="left",
         return_tensors="pt",
     )
-    # the patches come in one row; with an axis for their images, everything repeats alike
+    # the processor joins the patches of all images; with an image axis they repeat like the rest
     inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(images), -1))
     return {name: value.repeat_interleave(group_size, 0) for name, value in inputs.items()}
 
 
 def inputs_of(batch: dict[str, Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
-    """Return some rows as the model takes them: the patches of all images in one row again."""
+    """Return some rows in the model's format: with the patches of all images joined again."""
     some = {name: value[rows] for name, value in batch.items()}
     return {**some, "pixel_values": some["pixel_values"].flatten(0, 1)}
 
@@ -199,7 +199,7 @@ def inputs_of(batch: dict[str, Tensor], rows: slice = slice(None)) -> dict[str, 
 def roll_out(
     policy: Qwen2_5_VLForConditionalGeneration, prompts: dict[str, Tensor], task: Task
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return the inputs of a pass over prompts and completions, the completions, and their mask."""
+    """Return the inputs of a pass over prompts and completions, the completions and their mask."""
     sequences = policy.generate(
         **inputs_of(prompts),
         do_sample=True,
@@ -234,7 +234,7 @@ def judge(processor, completions: Tensor, examples: list[Example]) -> Tensor:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Return every row's reward against its group's, (rows, 1), from (prompts, group size)."""
+    """Return each row's advantage, (rows, 1), from rewards (prompts, group size)."""
     centered = rewards - rewards.mean(1, keepdim=True)
     return (centered / (rewards.std(1, keepdim=True) + STD_EPS)).view(-1, 1)
 
@@ -245,7 +245,7 @@ def token_logprobs(
     completions: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Return the log-probs of the completions' tokens, shaped as they are."""
+    """Return the log-probs of the completions' tokens, in the shape of `completions`."""
     logits = model(**inputs, use_cache=False).logits
     logits = logits[:, -completions.shape[1] - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
@@ -254,8 +254,8 @@ def token_logprobs(
 def row_losses(
     logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor, beta: float
 ) -> Tensor:
-    """Return every row's clipped surrogate with its KL penalty, means over its tokens."""
-    ratio = (logprobs - logprobs.detach()).exp()  # 1: each rollout is used once
+    """Return each row's clipped surrogate loss with the KL penalty, averaged over its tokens."""
+    ratio = (logprobs - logprobs.detach()).exp()  # 1, because each rollout is used once
     clipped = ratio.clamp(1 - CLIP_EPS, 1 + CLIP_EPS)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     difference = ref_logprobs - logprobs
@@ -269,12 +269,12 @@ def row_losses(
 
 def trl_steps(task: Task, steps: int) -> list[dict]:
     """Return the timings of optimizer steps of TRL's GRPOTrainer."""
-    from datasets import IterableDataset  # imported here: the other peer needs neither of them
+    from datasets import IterableDataset  # imported here: the other peer needs neither package
     from trl import GRPOConfig, GRPOTrainer
 
     log = StepLog(task)
     rows = {"task": task, "count": steps * task.prompts}
-    # standard output is for the results; a run leaves no files behind
+    # stdout is for the results, and the run must leave no files behind
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=task.model,
@@ -288,7 +288,7 @@ def trl_steps(task: Task, steps: int) -> list[dict]:
 
 
 def trl_settings(task: Task, steps: int) -> dict:
-    """Return the settings that make TRL's step this task, and those that make it fast."""
+    """Return the settings that make TRL's step the same work, and those that make it fast."""
     return {
         "max_steps": steps,
         "num_generations": task.group_size,
@@ -314,7 +314,7 @@ def trl_settings(task: Task, steps: int) -> dict:
         "use_cpu": task.device == "cpu",
         "bf16": False,  # no autocast: on a GPU the weights themselves are bf16
         "model_init_kwargs": {"dtype": task.dtype},
-        # speed: nothing recomputed, written or reported; TRL still samples all rows together
+        # for speed: no recomputing, saving or reporting; TRL samples all rows at once anyway
         "per_device_train_batch_size": task.rows_per_pass,
         "gradient_accumulation_steps": task.rows // task.rows_per_pass,
         "gradient_checkpointing": False,
@@ -329,7 +329,7 @@ def trl_settings(task: Task, steps: int) -> dict:
 
 
 def trl_rows(task: Task, count: int) -> Iterator[dict]:
-    """Yield the data set's rows, each drawn when it is asked for; TRL repeats it for its group."""
+    """Yield the rows of the dataset, drawn on demand; TRL repeats each row for its group."""
     messages = chat(make_prompt())
     for index in range(count):
         example = draw(task, index)
@@ -337,9 +337,9 @@ def trl_rows(task: Task, count: int) -> Iterator[dict]:
 
 
 class StepLog(TrainerCallback):
-    """Measures from the end of one optimizer step to the end of the next: TRL does all in there.
+    """Times from the end of one optimizer step to the end of the next, which covers a whole step.
 
-    It is the reward function too, the one place that is shown a step's completions.
+    It is also the reward function, the only hook that sees a step's completions.
     """
 
     def __init__(self, task: Task) -> None:
@@ -368,7 +368,7 @@ class StepLog(TrainerCallback):
         self.last = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_) -> None:
-        """Note a step."""
+        """Record a step."""
         end = now(self.task)
         self.steps.append({"step_s": end - self.last, **self.rollout, **peak(self.task)})
         self.last = end

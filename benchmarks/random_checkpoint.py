@@ -1,10 +1,11 @@
-"""Write a checkpoint of a known model's shape, with random weights: to try everything but learning.
+"""Write a checkpoint with a known model's shape and random weights, to try all but learning.
 
     python benchmarks/random_checkpoint.py DIR                                  # 7B: 16 GiB
     python benchmarks/random_checkpoint.py DIR --like Qwen/Qwen2.5-VL-3B-Instruct
 
-Weights are bf16, made on a GPU where there is one. Tokenizer and processor are the tiny model's:
-its words are the first of the vocabulary, and its prompts are shorter than Qwen's (P = 104).
+The weights are bf16, and are initialized on a GPU if there is one. Tokenizer and processor are the
+tiny model's: its tokens are the first of the vocabulary, and its prompts are shorter than Qwen's
+(P = 104).
 """
 
 import argparse
@@ -24,7 +25,7 @@ TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_e
 
 
 def random_checkpoint(folder: Path, like: str) -> None:
-    """Write the checkpoint. Raises `OSError` where it cannot be written."""
+    """Write the checkpoint. Raises `OSError` if it cannot be written."""
     config, tiny = shape_config(like), model_config(TINY)
     for name in TOKENS:
         setattr(config, name, getattr(tiny, name))
@@ -38,18 +39,18 @@ def random_checkpoint(folder: Path, like: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write what the command line names."""
+    """Write the checkpoint that the command line describes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--like", default="Qwen/Qwen2.5-VL-7B-Instruct", metavar="MODEL",
-                        help=f"a model folder, or of {', '.join(HUB_TEXT_CONFIGS)}")  # fmt: skip
+                        help=f"a model folder, or {', '.join(HUB_TEXT_CONFIGS)}")  # fmt: skip
     args = parser.parse_args(arguments)
     if args.folder.exists():
-        parser.error(f"{args.folder}: exists already; give a new folder")
+        parser.error(f"{args.folder}: already exists; must be a new folder")
     random_checkpoint(args.folder, args.like)
-    print(f"{args.folder}: a random model like {args.like}")
+    print(f"{args.folder}: a random model with the shape of {args.like}")
 
 
 if __name__ == "__main__":

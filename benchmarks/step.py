@@ -1,17 +1,17 @@
-"""Seconds of a training step of the tiny model on a CPU: this trainer beside two peers.
+"""Time a training step of the tiny model on a CPU: our trainer against two peers.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step.py                      # about 8 minutes on 2 cores, best run alone
-    python benchmarks/step.py --trainers own       # only this trainer
+    python benchmarks/step.py                      # about 8 minutes on 2 cores; run it alone
+    python benchmarks/step.py --trainers own       # only our trainer
 
-On a GPU, with a checkpoint of the 7B model's shape (random_checkpoint.py makes one):
+On a GPU, with a checkpoint of the 7B model's shape (random_checkpoint.py writes one):
 
     python benchmarks/step.py --device cuda --model DIR --trainers own,naive,static,trl --steps 4 \\
         --rounds 1 --prompts 4 --max-new-tokens 250 --rows-per-pass 4
 
-Every trainer runs in a process of its own, one after the other, in rounds; its number is the median
-over all steps but each round's first. Checkpoint, plots, group size, lengths, rewards and loss are
-the same: those of `main.py --preset tiny`.
+The trainers run in turn, each in a process of its own, for several rounds. Numbers are medians over
+all steps but the first of each round. Checkpoint, plots, group size, lengths, rewards and loss are
+the same for all: those of `main.py --preset tiny`.
 """
 
 import argparse
@@ -46,9 +46,9 @@ PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
 
 
 def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator[dict]:
-    """Yield what each step of this trainer took: main.train without its log and evaluations.
+    """Yield the timings of our trainer's steps: main.train without its log and evaluations.
 
-    With `fixed_length` no token ends a completion.
+    With `fixed_length`, no token ends a completion.
     """
     dtype = "float32" if task.device == "cpu" else "bfloat16"
     flags = ["--preset", "tiny", "--dtype", dtype, "--steps", str(steps)]
@@ -77,9 +77,9 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
 
 
 def measure(name: str, task: Task, steps: int) -> tuple[list[dict], float]:
-    """Return the steps of a trainer in a fresh process, but the first, and its peak GiB.
+    """Run a trainer in a fresh process; return all steps but the first, and its peak memory.
 
-    Of GPU memory, or on a CPU of the process's RAM.
+    The peak, in GiB, is of GPU memory, or on a CPU of the process's RAM.
     """
     file = Path(__file__) if name == "own" else ROOT / "benchmarks" / "peers.py"
     command = [sys.executable, str(file), *([] if name == "own" else [name])]
@@ -100,7 +100,7 @@ def measure(name: str, task: Task, steps: int) -> tuple[list[dict], float]:
 
 
 def report(measured: dict[str, tuple[list[dict], float]]) -> None:
-    """Print one table row per trainer."""
+    """Print the table, one row per trainer."""
     own = statistics.median(step["step_s"] for step in next(iter(measured.values()))[0])
     print("| trainer | s a step | ratio | prompts | rollout | reference | update "
           "| tokens a step | tokens/s | peak, GiB |")  # fmt: skip
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--trainers", default="own,naive,trl", help="default: own,naive,trl")
-    parser.add_argument("--steps", type=int, default=6, metavar="N", help="of a round; default: 6")
+    parser.add_argument("--steps", type=int, default=6, metavar="N", help="per round; default: 6")
     parser.add_argument("--rounds", type=int, default=6, metavar="N", help="default: 6")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
     add_flags(parser)
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     names = args.trainers.split(",")
     if unknown := set(names) - TRAINERS.keys():
-        parser.error(f"--trainers {','.join(unknown)}: must be of {', '.join(TRAINERS)}")
+        parser.error(f"--trainers {','.join(unknown)}: must be one of {', '.join(TRAINERS)}")
     if args.steps < 2 or args.rounds < 1:
         parser.error("--steps must be at least 2 and --rounds at least 1")
     measured = {name: ([], 0.0) for name in names}

@@ -1,1 +1,1 @@
-"""How a model is run: loaded, fed, sampled from, scored. Imports nothing else of this project."""
+"""Run the model: load, embed, sample, score. Imports nothing else from this project."""

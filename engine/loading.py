@@ -1,4 +1,4 @@
-"""Loading and saving: a Qwen2.5-VL checkpoint, its frozen copy, LoRA adapters."""
+"""Load and save a Qwen2.5-VL checkpoint, its frozen copy and LoRA adapters."""
 
 import copy
 import json
@@ -41,10 +41,10 @@ from engine.model_files import (
     kept_files,
     read_json,
 )
-from engine.prompts import IMAGE_TYPE, check_seen_size, encode_prompts, image_processor_of
+from engine.prompts import IMAGE_TYPE, check_no_resize, encode_prompts, image_processor_of
 from engine.sizes import ADAPTED, DTYPES, empty_model, model_config, shape_config
 
-STOPS = ("<|im_end|>", "<|endoftext|>")  # end a completion of any Qwen chat model
+STOPS = ("<|im_end|>", "<|endoftext|>")  # stop tokens of all Qwen chat models
 
 
 # --- loading ----------------------------------------------------------------------------
@@ -52,10 +52,10 @@ STOPS = ("<|im_end|>", "<|endoftext|>")  # end a completion of any Qwen chat mod
 
 @dataclass(frozen=True)
 class Loaded:
-    """The policy, its frozen copy (None when it is not needed) and what turns text into tokens.
+    """The policy, its frozen copy (None if not needed) and the processor of text and images.
 
-    `adapter` is peft's view of a policy of which only LoRA adapters are trained. `files` are those
-    that the model came with beside its weights, and is saved with.
+    `adapter` is peft's wrapper of the policy if only LoRA adapters are trained. `files` are the
+    model's other files, by name, which `save_files` writes beside new weights.
     """
 
     policy: Qwen2_5_VLForConditionalGeneration
@@ -66,7 +66,7 @@ class Loaded:
 
     @contextmanager
     def as_reference(self) -> Iterator[Qwen2_5_VLForConditionalGeneration]:
-        """Yield what the policy is held against: its frozen copy, or itself without its adapter."""
+        """Yield the reference: the frozen copy, or the policy with its adapter disabled."""
         if self.adapter is None:
             yield self.reference
         else:
@@ -86,8 +86,8 @@ def load(
 ) -> Loaded:
     """Return the model of a folder or hub id, in `dtype` on `device`. Raises `ModelError`.
 
-    With a `lora_rank` only adapters of that rank are trained, random numbers from `seed`; the
-    reference is the model without them, and takes no copy. The dtype is passed to the loader:
+    With a `lora_rank`, only adapters of that rank are trained, initialized from `seed`; the
+    reference is the model without them and needs no copy. The loader casts the weights, because
     `model.to(bfloat16)` would round the rotary frequencies as well.
     """
     if lora_rank:
@@ -110,10 +110,10 @@ def load(
 def load_weights(
     model: str, dtype: torch.dtype, config: Qwen2_5_VLConfig | None = None
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Return the model of a folder or hub id on the host; safetensors only, no code of others.
+    """Return the model of a folder or hub id, in host memory. Raises `ModelError`.
 
-    With its own config, unless one is given. A folder with an adapter gives the model that it
-    belongs to, with the adapter merged into its weights. Raises `ModelError`.
+    Reads safetensors only and runs no code from the folder. `config` replaces the model's own. For
+    an adapter's folder, returns its base model with the adapter merged into the weights.
     """
     if (base := base_of(model)) != model:
         return merge(load_weights(base, dtype), model)
@@ -125,15 +125,14 @@ def load_weights(
             return Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-    except Exception as error:  # whatever a damaged folder makes it raise
+    except Exception as error:  # a damaged folder can raise anything
         raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
 
 
 def load_processor(folder: Path, config: Qwen2_5_VLConfig):
-    """Return what turns text and images into model inputs. Raises `ModelError`.
+    """Return the processor of text and images. Raises `ModelError`.
 
-    Also where files are damaged in a way that transformers passes over: it would go on with an
-    empty vocabulary.
+    Also raises it for damage that transformers ignores, such as an empty vocabulary.
     """
     text = "<answer>12.34</answer>"
     try:
@@ -145,18 +144,18 @@ def load_processor(folder: Path, config: Qwen2_5_VLConfig):
         is_image = prompts.input_ids == config.image_token_id
         if not is_image.any() or not torch.equal(is_image, prompts.mm_token_type_ids == IMAGE_TYPE):
             raise ValueError("tokenizer, chat template and config.json disagree on the image token")
-    except Exception as error:  # whatever a damaged folder makes it raise
+    except Exception as error:  # a damaged folder can raise anything
         raise ModelError(f"model {folder}: cannot be loaded: {first_line(error)}") from error
     return processor
 
 
 def use_own_attention(model) -> None:
-    """Let the model's layers call `attention.attention`, and embed patches by a matrix product.
+    """Make the model's layers call `attention.attention`, and embed patches with a matmul.
 
-    Raises `ModelError` for layers that attend to a sliding window, which it does not know.
+    Raises `ModelError` for layers with sliding-window attention, which it does not support.
     """
     if set(model.config.text_config.layer_types) != {"full_attention"}:
-        raise ModelError("a model whose attention slides over a window cannot be used")
+        raise ModelError("models with sliding-window attention are not supported")
     model.set_attn_implementation(IMPLEMENTATION)
     visual = model.model.visual
     for number, block in enumerate(visual.blocks):
@@ -165,17 +164,17 @@ def use_own_attention(model) -> None:
 
 
 class PatchProjection(torch.nn.Conv3d):
-    """The convolution that embeds patches: they do not overlap, so it is a matrix product."""
+    """The convolution that embeds patches, as a matmul: patches do not overlap."""
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return (patches, hidden) of (patches, channels, time, height, width)."""
+        """Return embeddings (patches, hidden) of (patches, channels, time, height, width)."""
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
 def generation_config_of(folder: Path, tokenizer) -> GenerationConfig:
-    """Return how a model is to be decoded, by others too: as it was trained and measured.
+    """Return the generation config to save, so that others decode as in training and evaluation.
 
-    With its own stop ids and padding, and nothing that reshapes its distribution: the published
+    Keeps the model's stop ids and padding, and nothing that changes the distribution: the published
     generation_config.json has a repetition penalty and a temperature of 1e-6. Raises `ModelError`.
     """
     path = folder / "generation_config.json"
@@ -184,10 +183,10 @@ def generation_config_of(folder: Path, tokenizer) -> GenerationConfig:
     pad = published.get("pad_token_id", tokenizer.pad_token_id)
     if stops is None:
         stops = known_ids(tokenizer, STOPS)
-        print(f"{path}: names no eos_token_id; completions end at {' or '.join(STOPS)}")
+        print(f"{path}: has no eos_token_id; completions stop at {' or '.join(STOPS)}")
     stops = [stops] if isinstance(stops, int) else stops
     if not (isinstance(stops, list) and stops and all(isinstance(stop, int) for stop in stops)):
-        raise ModelError(f"{path}: no eos_token_id, which ends a completion")
+        raise ModelError(f"{path}: no valid eos_token_id, so completions would never stop")
     return GenerationConfig(
         eos_token_id=stops,
         pad_token_id=pad,
@@ -199,22 +198,22 @@ def generation_config_of(folder: Path, tokenizer) -> GenerationConfig:
 
 
 def known_ids(tokenizer, tokens: tuple[str, ...]) -> list[int]:
-    """Return the ids of those tokens that the tokenizer has."""
+    """Return the ids of the tokens that are in the vocabulary."""
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[token] for token in tokens if token in vocabulary]
 
 
 def check_finite(model: str, policy) -> None:
-    """Raise `ModelError` for a model with a weight that is not a number, or infinite."""
+    """Raise `ModelError` if any weight is nan or infinite."""
     if names := non_finite_parameters(policy):
         raise ModelError(
-            f"model {model}: {len(names)} of its weights are not finite (nan or infinite), as "
-            f"{names[0]}: its files are damaged, or its training went wrong"
+            f"model {model}: {len(names)} of its weights are not finite (nan or infinite), e.g. "
+            f"{names[0]}: the files are damaged, or training failed"
         )
 
 
 def non_finite_parameters(policy) -> list[str]:
-    """Return the names of the parameters that hold a value that is not finite."""
+    """Return the names of the parameters with nan or infinite values."""
     names, parameters = zip(*policy.named_parameters(), strict=True)
     finite = torch.stack([parameter.isfinite().all() for parameter in parameters])
     if finite.all():  # host sync
@@ -222,37 +221,37 @@ def non_finite_parameters(policy) -> list[str]:
     return [name for name, is_finite in zip(names, finite.tolist(), strict=True) if not is_finite]
 
 
-def check_use(model: str, *, image_size: int, lora_rank: int = 0) -> None:
-    """Raise `ModelError` or `ValueError` where flags and model do not go together."""
+def check_compatible(model: str, *, image_size: int, lora_rank: int = 0) -> None:
+    """Raise `ModelError` or `ValueError` if the flags do not fit the model."""
     shape_config(model)
     if lora_rank:
         check_no_adapter(model)
-    check_seen_size(image_processor_of(model), image_size)
+    check_no_resize(image_processor_of(model), image_size)
 
 
 def check_files(model: str) -> str:
-    """Return what was found in a model's folder, no weight read. Raises `ModelError`."""
+    """Return a report on a model's files, without reading weights. Raises `ModelError`."""
     folder = folder_on_disk(base_of(model))
     if folder is None:
-        return f"{model}: not on disk; its files are checked once they are fetched"
+        return f"{model}: not on disk; its files are checked after the download"
     config = model_config(model)
     generation_config_of(folder, load_processor(folder, config).tokenizer)
-    return f"{folder}: {check_folder(folder, config)}; tokenizer and image processor read"
+    return f"{folder}: {check_folder(folder, config)}; tokenizer and image processor load"
 
 
 def check_folder(folder: Path, config: Qwen2_5_VLConfig) -> str:
-    """Return what the files of a model were found to be, no weight read. Raises `ModelError`."""
+    """Return a report on a folder's weight files, without reading weights. Raises `ModelError`."""
     check_pointers(folder)
     empty = empty_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]  # the embeddings, under another name
+        del shapes["lm_head.weight"]  # tied to the embeddings
     return check_weights(folder, shapes)
 
 
 @contextmanager
 def progress_bar(is_shown: bool) -> Iterator[None]:
-    """Let transformers show its progress bars in the block, if it would at all, or not."""
+    """Hide transformers' progress bars in the block unless `is_shown`."""
     before = is_progress_bar_enabled()
     if not is_shown:
         disable_progress_bar()
@@ -267,10 +266,10 @@ def progress_bar(is_shown: bool) -> Iterator[None]:
 
 
 def add_adapter(policy, model: str, rank: int, seed: int):
-    """Freeze the policy, put LoRA adapters beside its language model's linear layers, trainable.
+    """Freeze the policy, add LoRA adapters to its language model, return peft's wrapper of it.
 
-    W becomes W + 2 B A with A (rank, inputs) random and B (outputs, rank) zero (Hu et al. 2021,
-    arXiv:2106.09685), so that nothing changes at first. Returns peft's view of the policy.
+    Every linear layer's W becomes W + 2 B A, with A (rank, inputs) random and B (outputs, rank)
+    zero (Hu et al. 2021, arXiv:2106.09685), so the initial output is unchanged.
     """
     from peft import LoraConfig, get_peft_model  # an optional dependency
 
@@ -280,31 +279,31 @@ def add_adapter(policy, model: str, rank: int, seed: int):
     )
     with torch.random.fork_rng(devices=[]), quiet_peft():  # the policy is still on the host
         torch.manual_seed(seed)
-        # in the weights' own dtype: AdamW with Kahan summation loses nothing in bf16
+        # keep the weights' dtype: AdamW with Kahan summation loses no precision in bf16
         return get_peft_model(policy, config, autocast_adapter_dtype=False)
 
 
 def trainable(model) -> list[torch.nn.Parameter]:
-    """Return the parameters that are trained: all, all but the vision tower's, or adapters."""
+    """Return the trained parameters: all, all but the vision tower's, or the adapters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def check_no_adapter(model: str) -> None:
-    """Raise `ModelError` for a model that is an adapter: another on top would fit nothing else."""
+    """Raise `ModelError` if the model is an adapter: a second adapter would need the first."""
     if base_of(model) != model:
         raise ModelError(
-            f"--model {model}: is an adapter, and one that is trained on top of it would be of no "
-            f"use without it. Go on with its run (--resume RUN --steps N), or make a whole model "
-            f"of it first (--resume RUN --merge)"
+            f"--model {model}: is an adapter, and another adapter trained on top of it would be "
+            f"useless without it. Resume its run (--resume RUN --steps N), or merge it into a full "
+            f"model first (--resume RUN --merge)"
         )
 
 
 def merge(base, adapter: str):
-    """Return a model with the adapter of a folder added to its weights. Raises `ModelError`."""
+    """Return the base model with a folder's adapter merged into it. Raises `ModelError`."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
-        raise ModelError(f"model {adapter}: an adapter needs peft: pip install peft") from error
+        raise ModelError(f"model {adapter}: adapters need peft: pip install peft") from error
     try:
         check_pointers(Path(adapter))
         with quiet_peft():
@@ -314,29 +313,29 @@ def merge(base, adapter: str):
             return on_host.merge_and_unload()
     except ModelError:
         raise
-    except Exception as error:  # whatever a damaged folder makes it raise
+    except Exception as error:  # a damaged folder can raise anything
         raise ModelError(f"model {adapter}: cannot be loaded: {first_line(error)}") from error
 
 
 def check_names(adapter: str, wanted: Iterable[str]) -> None:
-    """Raise `ModelError` unless an adapter's file holds what its base takes, under these names.
+    """Raise `ModelError` unless the names in an adapter's file are those its base model expects.
 
-    peft would pass over names that fit nowhere, and give the base without an adapter.
+    peft ignores names that match nothing, and would return the base model without an adapter.
     """
     with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
         found = set(file.keys())
     if surplus := sorted(found.difference(wanted)):
         raise ModelError(
-            f"model {adapter}: {len(surplus)} of its {len(found)} weights fit nowhere in its base "
-            f"model, as {surplus[0]}"
+            f"model {adapter}: {len(surplus)} of its {len(found)} weights match nothing in its "
+            f"base model, e.g. {surplus[0]}"
         )
     if missing := sorted(set(wanted) - found):
-        raise ModelError(f"model {adapter}: {len(missing)} weights are missing, as {missing[0]}")
+        raise ModelError(f"model {adapter}: {len(missing)} weights are missing, e.g. {missing[0]}")
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Pass over warnings: of an old name by which peft calls transformers, of what we tell."""
+    """Hide peft's warnings about a deprecated transformers name and about missing keys."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # see `check_names`
@@ -347,18 +346,18 @@ def quiet_peft() -> Iterator[None]:
 
 
 def save_policy(loaded: Loaded, folder: Path) -> None:
-    """Write policy and processor to a folder: of a policy with an adapter, the adapter."""
+    """Write policy and processor to a folder; of an adapted policy, only the adapter."""
     if loaded.adapter is None:
         save_weights(loaded.policy, folder)
     else:
         loaded.adapter.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink()  # a form to fill in
+        (folder / "README.md").unlink()  # peft's empty model card
         loaded.policy.generation_config.save_pretrained(folder)
     save_files(loaded, folder)
 
 
 def save_merged(loaded: Loaded, folder: Path) -> None:
-    """Write the policy with its adapter merged into the weights; the adapter to `adapter/`."""
+    """Write the policy with its adapter merged into it, and the adapter itself to `adapter/`."""
     save_policy(loaded, folder / "adapter")
     merged = load_weights(str(folder / "adapter"), loaded.policy.dtype)
     merged.generation_config = loaded.policy.generation_config
@@ -367,10 +366,11 @@ def save_merged(loaded: Loaded, folder: Path) -> None:
 
 
 def save_files(loaded: Loaded, folder: Path) -> None:
-    """Write what goes beside the weights: the base's own files where it has them, unchanged.
+    """Write the files beside the weights: the base model's own where it has them.
 
-    transformers would write tokenizer, preprocessor and config in the form of its own version,
-    which older ones cannot read. An adapter's folder has no config.json.
+    They stay unchanged, but for the dtype in config.json: transformers would write tokenizer,
+    preprocessor and config in its own version's format, which older versions cannot read. An
+    adapter's folder has no config.json.
     """
     if not loaded.files:
         loaded.processor.save_pretrained(folder)
@@ -382,7 +382,7 @@ def save_files(loaded: Loaded, folder: Path) -> None:
 
 
 def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
-    """Return a config.json for weights of this dtype: unchanged if they are what it says.
+    """Return a config.json for weights of this dtype, unchanged if it already says so.
 
     >>> with_dtype(b'{"torch_dtype": "bfloat16"}', torch.bfloat16)
     b'{"torch_dtype": "bfloat16"}'
@@ -402,7 +402,7 @@ def save_weights(model, folder: Path) -> None:
 
 @torch.no_grad()
 def copy_policy(folder: Path, loaded: Loaded) -> None:
-    """Give the policy, in place, what `save_policy` wrote. Raises `ModelError`."""
+    """Copy the weights that `save_policy` wrote into the policy. Raises `ModelError`."""
     if loaded.adapter is None:
         return copy_weights(folder, loaded.policy)
     from peft import get_peft_model_state_dict
@@ -410,17 +410,17 @@ def copy_policy(folder: Path, loaded: Loaded) -> None:
     try:
         saved = load_file(folder / "adapter_model.safetensors")
         adapter = get_peft_model_state_dict(loaded.adapter, save_embedding_layers=False)
-        for name, tensor in adapter.items():  # named as in the file, the parameters' own memory
+        for name, tensor in adapter.items():  # the parameters' own memory, by names in the file
             tensor.copy_(saved[name])
-    except Exception as error:  # whatever a damaged file makes it raise
+    except Exception as error:  # a damaged file can raise anything
         raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from error
 
 
 @torch.no_grad()
 def copy_weights(folder: Path, model) -> None:
-    """Give a model, in place, the weights that `save_pretrained` wrote. Raises `ModelError`.
+    """Copy the weights that `save_pretrained` wrote into a model. Raises `ModelError`.
 
-    In place, because recorded steps and optimizers know a weight by where it lies.
+    In place, because captured CUDA graphs and optimizers keep referring to these tensors.
     """
     saved = load_weights(str(folder), model.dtype, copy.deepcopy(model.config))
     for new, old in zip(saved.parameters(), model.parameters(), strict=True):

@@ -1,14 +1,14 @@
-"""What this machine lets a process have: memory below a container's limit, cores beside others."""
+"""Memory and cores that this process can use, in a container or beside other runs."""
 
 import os
 from pathlib import Path
 
 import psutil
 
-COMMANDS = ("main.py", "evaluate.py", "cold_start.py")  # that keep all cores busy on a CPU
+COMMANDS = ("main.py", "evaluate.py", "cold_start.py")  # commands that use all cores on a CPU
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
-FILES = {  # of version 2 and 1: limit, use, and what of the use is page cache that can go
+FILES = {  # cgroup v2 and v1: limit, usage, and the part of it that is reclaimable page cache
     "memory.max": ("memory.current", ("inactive_file", "active_file")),
     "memory.limit_in_bytes": (
         "memory.usage_in_bytes",
@@ -18,9 +18,9 @@ FILES = {  # of version 2 and 1: limit, use, and what of the use is page cache t
 
 
 def free_host_memory() -> tuple[int, int]:
-    """Return the bytes of host memory that this process can still use, and all it may have.
+    """Return the free and the total host memory of this process, in bytes.
 
-    In a container, or under a batch system, that is less than the machine has.
+    In a container or under a batch system, both may be less than the machine has.
     """
     machine = psutil.virtual_memory()
     limits = cgroup_limits()
@@ -29,10 +29,10 @@ def free_host_memory() -> tuple[int, int]:
 
 
 def cgroup_limits(own: Path = OWN_CGROUPS, root: Path = CGROUPS) -> list[tuple[int, int]]:
-    """Return limit and use, in bytes, of every control group with a limit that holds this process.
+    """Return (limit, usage) in bytes of every control group that limits this process.
 
-    A limit may be set on the group itself or on any above it. Both versions of control groups are
-    read: https://docs.kernel.org/admin-guide/cgroup-v2.html, .../cgroup-v1/memory.html
+    The process's group and each of its ancestors can set a limit. Reads both cgroup versions:
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, .../cgroup-v1/memory.html
     """
     found = []
     for line in read(own).splitlines():
@@ -48,10 +48,10 @@ def cgroup_limits(own: Path = OWN_CGROUPS, root: Path = CGROUPS) -> list[tuple[i
 
 
 def limit_of(folder: Path) -> list[tuple[int, int]]:
-    """Return the limit and the use of one control group, if it has a limit."""
+    """Return [(limit, usage)] of one control group, [] if it has no limit."""
     for limit_file, (use_file, cache_rows) in FILES.items():
         limit, used = read(folder / limit_file).strip(), read(folder / use_file).strip()
-        if limit.isdigit() and used.isdigit():  # without a limit it says "max"
+        if limit.isdigit() and used.isdigit():  # "max" means no limit
             rows = dict(line.split() for line in read(folder / "memory.stat").splitlines())
             cache = sum(int(rows.get(row, 0)) for row in cache_rows)
             return [(int(limit), max(0, int(used) - cache))]
@@ -59,7 +59,7 @@ def limit_of(folder: Path) -> list[tuple[int, int]]:
 
 
 def read(path: Path) -> str:
-    """Return what a file holds; nothing where there is none, as outside of Linux."""
+    """Return a file's text, empty if it does not exist, as outside Linux."""
     try:
         return path.read_text()
     except OSError:
@@ -67,7 +67,7 @@ def read(path: Path) -> str:
 
 
 def threads_beside_others(threads: int) -> str | None:
-    """Return a warning if other runs compute with the same cores; None if there are none.
+    """Return a warning if other runs use the same cores, else None.
 
     A thread that waits for the others of its process spins, on a core that another run needs: two
     runs with 2 threads each on 2 cores took 4 to 5 times as long as one alone, with 1 thread each
@@ -78,13 +78,13 @@ def threads_beside_others(threads: int) -> str | None:
         return None
     each = max(1, threads // (others + 1))
     return (
-        f"Runs beside this one: {others}. With {threads} threads each they slow each other down "
-        f"several times over; start each with OMP_NUM_THREADS={each} (cores / runs)"
+        f"Other runs on this machine: {others}. With {threads} threads each, the runs slow each "
+        f"other down several times over; start each with OMP_NUM_THREADS={each} (cores / runs)"
     )
 
 
 def runs_beside() -> int:
-    """Return how many other processes, and not their own workers, run one of COMMANDS."""
+    """Return how many other processes run one of COMMANDS, not counting their workers."""
     found = {}
     for process in psutil.process_iter(["cmdline", "ppid"]):
         program, *arguments = process.info["cmdline"] or [""]

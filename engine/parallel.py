@@ -1,11 +1,11 @@
-"""Several processes that train one policy: who they are, and what they tell each other.
+"""Train one policy with several processes: ranks, collectives, and the process group.
 
-`accelerate launch main.py` starts them. Each holds the whole policy, rolls out its share of every
-step's prompts and makes its part of the gradient; a group of completions never leaves its process.
-`python main.py` is one process, and all of this is nothing to it.
+`accelerate launch main.py` starts the processes. Each holds the whole policy, rolls out its shard
+of every step's prompts and computes its part of the gradient; a group of completions stays in one
+process. In a single process (`python main.py`) none of this has any effect.
 
-Gradients are added up here, once a step, and not by DistributedDataParallel in the backward pass:
-so a process may do that pass over in smaller pieces when its memory runs out, without the others.
+Gradients are all-reduced here, once a step, not by DistributedDataParallel in the backward pass.
+So a process that runs out of memory can repeat that pass in smaller micro-batches on its own.
 """
 
 import atexit
@@ -19,15 +19,15 @@ from accelerate import PartialState
 from torch import Tensor
 
 T = TypeVar("T")
-LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
-PATIENCE = timedelta(hours=1)  # all wait for one while it writes a checkpoint
+LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set along with WORLD_SIZE
+PATIENCE = timedelta(hours=1)  # all processes wait while one writes a checkpoint
 
 
-def launched() -> tuple[int, int]:
-    """Return this process's number, and how many a launcher has started; (0, 1) without one.
+def rank_and_world_size() -> tuple[int, int]:
+    """Return rank and world size as a launcher has set them; (0, 1) without a launcher.
 
-    Variables that some other tool has left are passed over, as RANK without WORLD_SIZE. Raises
-    `ValueError` where several processes are spoken of and the rest is missing.
+    Ignores variables that another tool left behind, such as RANK without WORLD_SIZE. Raises
+    `ValueError` if WORLD_SIZE is above 1 and other variables are missing.
     """
     count = number_in("WORLD_SIZE") or 1
     if count == 1:
@@ -35,8 +35,8 @@ def launched() -> tuple[int, int]:
     missing = [name for name in LAUNCHER if not os.environ.get(name)]
     if missing:
         raise ValueError(
-            f"WORLD_SIZE={count}: without {' and '.join(missing)}; accelerate launch and torchrun "
-            f"set them all, and without WORLD_SIZE this is one process"
+            f"WORLD_SIZE={count}: set without {' and '.join(missing)}; accelerate launch and "
+            f"torchrun set them all; for a single process, unset WORLD_SIZE"
         )
     return number_in("RANK") or 0, count
 
@@ -49,9 +49,9 @@ def number_in(variable: str) -> int | None:
     return int(text) if text else None
 
 
-def check_alone() -> None:
-    """Raise `ValueError` in a command for one process that several were started of."""
-    _, count = launched()
+def check_single_process() -> None:
+    """Raise `ValueError` if a launcher has started several processes of this command."""
+    _, count = rank_and_world_size()
     if count > 1:
         raise ValueError(
             f"WORLD_SIZE={count}: only main.py runs in several processes; start this with python"
@@ -59,48 +59,48 @@ def check_alone() -> None:
 
 
 def connect(*, on_cpu: bool) -> None:
-    """Meet the processes started beside this one, if there are any: one per GPU, or on the CPU.
+    """Join the process group if there are several processes: one per GPU, or all on the CPU.
 
-    Raises `ValueError`: see `launched`.
+    Raises `ValueError`: see `rank_and_world_size`.
     """
-    if launched()[1] > 1 and not dist.is_initialized():
+    if rank_and_world_size()[1] > 1 and not dist.is_initialized():
         PartialState(cpu=on_cpu, timeout=PATIENCE)
         atexit.register(disconnect)
 
 
 def disconnect() -> None:
-    """Part from the other processes; those that have parted already do nothing."""
+    """Leave the process group, unless this process has left it already."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def process_count() -> int:
-    """Return how many processes train together."""
+    """Return the world size, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def process_index() -> int:
-    """Return this process's number, from 0."""
+    """Return this process's rank, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Return whether this is the process that writes and talks."""
+    """Return whether this is the process that writes files and prints."""
     return process_index() == 0
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Return the sum of the processes' values."""
+    """Return the sum of all processes' values."""
     return reduced(value, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(value: Tensor) -> Tensor:
-    """Return the largest of the processes' values, element by element."""
+    """Return the element-wise maximum of all processes' values."""
     return reduced(value, dist.ReduceOp.MAX)
 
 
 def reduced(value: Tensor, how: dist.ReduceOp) -> Tensor:
-    """Return what becomes of the processes' values; the same on all of them."""
+    """Return the all-reduced value, the same in every process."""
     if process_count() == 1:
         return value
     value = value.clone()
@@ -109,7 +109,7 @@ def reduced(value: Tensor, how: dist.ReduceOp) -> Tensor:
 
 
 def all_reduce_gradients(parameters: Iterable) -> None:
-    """Give every process the sum of all processes' gradients, in place."""
+    """Sum the gradients over all processes, in place."""
     if process_count() > 1:
         gradients = (p.grad for p in parameters if p.grad is not None)
         for pending in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
@@ -117,7 +117,7 @@ def all_reduce_gradients(parameters: Iterable) -> None:
 
 
 def gather(items: list[T]) -> list[T]:
-    """Return the processes' lists one after the other; the host waits for the slowest."""
+    """Return all processes' lists, concatenated by rank; waits for the slowest process."""
     if process_count() == 1:
         return items
     lists: list = [None] * process_count()
@@ -126,5 +126,5 @@ def gather(items: list[T]) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this call."""
     gather([])

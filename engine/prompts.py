@@ -1,11 +1,11 @@
-"""Prompts: a question and a picture as model inputs, and their embeddings.
+"""Encode prompts, a question and an image each, as model inputs, and embed them.
 
-Letters are those of the legend in grpo.py. All prompts of a call are equally long (one text, one
-image size), so that no prompt is padded.
+Dimension letters are in the legend of grpo.py. All prompts of a call have the same length (one
+text, one image size), so no prompt is padded.
 
-Positions are 3-D in this model (M-RoPE: time, height, width). They are built once per prompt and
-passed explicitly, because transformers otherwise falls back to 1-D positions, or to hidden state
-left by the previous call.
+This model uses 3-D positions (M-RoPE: time, height, width). They are built once per prompt and
+passed explicitly: otherwise transformers falls back to 1-D positions, or to state that the
+previous call left behind.
 """
 
 from dataclasses import dataclass, replace
@@ -25,8 +25,8 @@ from transformers.vision_utils import (
 from engine.attention import IMPLEMENTATION
 from engine.model_files import ModelError, base_of, first_line, folder_on_disk
 
-IMAGE_TYPE = 1  # in mm_token_type_ids
-PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12_845_056}  # limits of an image
+IMAGE_TYPE = 1  # of image tokens in mm_token_type_ids
+PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12_845_056}  # published models' limits
 
 
 # --- encoding ---------------------------------------------------------------------------
@@ -34,19 +34,17 @@ PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12_845_056}  # limits
 
 @dataclass(frozen=True)
 class Prompts:
-    """Model inputs of Q prompts with one image each; `prompts[a:b]` are some of them.
+    """Model inputs of Q prompts with one image each; `prompts[a:b]` selects some of them.
 
-    Types and grid describe the layout and stay on the host, where all indices are made of them: the
-    host never waits for the device to learn where an image stands.
+    Token types and grid describe the layout and stay on the host, which builds all indices from
+    them: the host never waits for the device to find the image tokens.
     """
 
     input_ids: Tensor  # (Q, P)
     pixel_values: Tensor  # (Q, patches, values per patch)
-    mm_token_type_ids: Tensor  # (Q, P), 1 where an image token stands
-    image_grid_thw: Tensor  # (Q, 3): patches in time, height, width
-    image_features: Tensor | None = (
-        None  # (Q, visual tokens, hidden): what a model's `encode_images` made of them
-    )
+    mm_token_type_ids: Tensor  # (Q, P), 1 for image tokens
+    image_grid_thw: Tensor  # (Q, 3), patches in time, height, width
+    image_features: Tensor | None = None  # (Q, visual tokens, hidden), from `encode_images`
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -61,11 +59,11 @@ class Prompts:
         )
 
     def without_image_features(self) -> "Prompts":
-        """Return the prompts without what was seen: other weights must look for themselves."""
+        """Return the prompts without image features, for a model with other vision weights."""
         return replace(self, image_features=None)
 
     def to(self, device: str) -> "Prompts":
-        """Return the prompts with what the model computes on moved there."""
+        """Return the prompts with ids and pixels on the device."""
         return replace(
             self,
             input_ids=send(self.input_ids, device),
@@ -73,7 +71,7 @@ class Prompts:
         )
 
     def pin_memory(self) -> "Prompts":
-        """Return the prompts in memory a GPU can fetch by itself; the DataLoader calls this."""
+        """Return the prompts with ids and pixels in pinned memory; the DataLoader calls this."""
         return replace(
             self,
             input_ids=self.input_ids.pin_memory(),
@@ -82,13 +80,13 @@ class Prompts:
 
 
 def encode_prompts(processor, images: list[Image.Image], *, system: str, prompt: str) -> Prompts:
-    """Return model inputs on the host: all images of one size, all with the same question.
+    """Return model inputs on the host, one prompt per image, all with the same question.
 
-    Raises `ValueError` for images of several sizes.
+    Raises `ValueError` if the images differ in size.
     """
     sizes = {image.size for image in images}
     if len(sizes) > 1:
-        raise ValueError(f"all images of a call must have one size, not {sorted(sizes)}")
+        raise ValueError(f"all images of a call must have the same size, not {sorted(sizes)}")
     input_ids, mm_token_type_ids = encode_text(processor, system, prompt, sizes.pop())
     chats = [[user_turn(image, prompt)] for image in images]
     pictures, _ = process_vision_info(chats)
@@ -105,9 +103,9 @@ def encode_prompts(processor, images: list[Image.Image], *, system: str, prompt:
 def encode_text(
     processor, system: str, prompt: str, image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return token ids and token types of a prompt about an image of that size, (1, P) each.
+    """Return token ids and token types of a prompt with an image of that size, (1, P) each.
 
-    They depend on nothing else, so they are made once.
+    They depend on the arguments only, so they are cached.
     """
     image = Image.new("RGB", image_size)
     chat = [{"role": "system", "content": system}, user_turn(image, prompt)]
@@ -124,23 +122,23 @@ def user_turn(image: Image.Image, prompt: str) -> dict:
 
 
 def image_processor_of(model: str) -> Qwen2VLImageProcessor:
-    """Return what cuts a model's images into patches. Raises `ModelError`.
+    """Return a model's image processor. Raises `ModelError`.
 
-    Of a model that is not on disk yet, one with the limits of those that are published.
+    For a model that is not on disk yet, returns one with the pixel limits of published models.
     """
     folder = folder_on_disk(base_of(model))
     if folder is None:
         return Qwen2VLImageProcessor(size=PUBLISHED_PIXELS)
     try:
         return AutoImageProcessor.from_pretrained(folder)
-    except Exception as error:  # whatever a damaged folder makes it raise
+    except Exception as error:  # a damaged folder can raise anything
         raise ModelError(f"model {model}: cannot be loaded: {first_line(error)}") from error
 
 
-def check_seen_size(processor: Qwen2VLImageProcessor, image_size: int) -> None:
-    """Raise `ValueError` for an image size, in pixels, that the image processor would change.
+def check_no_resize(processor: Qwen2VLImageProcessor, image_size: int) -> None:
+    """Raise `ValueError` if the image processor would resize images of this size, in pixels.
 
-    What the model saw, and how many tokens it took, would not be what the flag says.
+    The encoded image, and its number of tokens, would not match the flag.
     """
     image = Image.new("RGB", (image_size, image_size))
     pictures, _ = process_vision_info([[user_turn(image, "")]])
@@ -149,8 +147,8 @@ def check_seen_size(processor: Qwen2VLImageProcessor, image_size: int) -> None:
     if seen != image.size:
         least, most = (processor.size[edge] for edge in PUBLISHED_PIXELS)
         raise ValueError(
-            f"--image-size {image_size}: the model's image processor would make it {seen[0]} x "
-            f"{seen[1]}; it takes {least:,} to {most:,} pixels in all"
+            f"--image-size {image_size}: the model's image processor would resize it to {seen[0]} "
+            f"x {seen[1]}; it accepts {least:,} to {most:,} pixels in total"
         )
 
 
@@ -160,7 +158,7 @@ def check_seen_size(processor: Qwen2VLImageProcessor, image_size: int) -> None:
 def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     """Return embeddings (Q, P, hidden), positions (3, Q, P), first completion positions (Q, 1).
 
-    The vision tower reads each image once, or not if it has been seen. Completion token t stands at
+    Encodes the images unless the prompts have image features. Completion token t has position
     `first + t` on all three axes: the image's 2-D block takes fewer positions than it has tokens,
     so `first` is below P.
     """
@@ -170,16 +168,16 @@ def embed_prompts(model, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
     places = (types == IMAGE_TYPE).flatten().nonzero()[:, 0]
     places = send(places, embeds.device)
     embeds = embeds.flatten(0, 1).index_copy(0, places, features).view_as(embeds)
-    # of the ids only the shape matters here: an image stands where the types say so
+    # only the shape of the ids matters here: the token types locate the image
     positions, delta = core.get_rope_index(torch.zeros_like(types), types, image_grid_thw=grid)
     first = types.shape[1] + delta
     return embeds, send(positions, embeds.device), send(first, embeds.device)
 
 
 def encode_images(model, prompts: Prompts) -> Prompts:
-    """Return the prompts with what the vision tower makes of their images, if not seen already.
+    """Return the prompts with image features; unchanged if they already have them.
 
-    Differentiable where gradients are enabled and the tower is trained.
+    Differentiable where gradients are enabled and the vision tower is trained.
     """
     if prompts.image_features is not None:
         return prompts
@@ -191,10 +189,10 @@ def encode_images(model, prompts: Prompts) -> Prompts:
 
 
 def vision_layout(visual, grid: Tensor) -> dict[str, object]:
-    """Return positions and attention windows of the patches of some images, grid (images, 3).
+    """Return positions and attention windows for the patches of images, grid (images, 3).
 
-    transformers would make the same on the device, read it back in every block, and attend to one
-    window after the other. Windows of one size, as of 224 pixels, are attended to at once.
+    transformers would compute the same on the device, read it back in every block, and loop over
+    the windows. Windows of equal size, as in 224-pixel images, run in one batch here.
     """
     config = visual.config
     window_index, borders = get_vision_window_index(
@@ -204,16 +202,16 @@ def vision_layout(visual, grid: Tensor) -> dict[str, object]:
     layout = {
         "position_ids": send(positions, visual.device),
         "window_index": send(window_index, visual.device),
-        "cu_window_seqlens": borders,  # borders are read by the host, and so stay there
+        "cu_window_seqlens": borders,  # the host reads the borders, so they stay there
         "cu_seqlens": get_vision_cu_seqlens(grid),
     }
     if config._attn_implementation == IMPLEMENTATION and len(borders.diff().unique()) == 1:
         layout["windows"] = (len(layout["cu_seqlens"]) - 1, len(borders) - 1)
-        everything = borders[[0, -1]]  # no border: `attention` cuts into `windows`
+        everything = borders[[0, -1]]  # no inner border: `attention` splits into `windows`
         layout |= {"cu_window_seqlens": everything, "cu_seqlens": everything}
     return layout
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return the tensor on the device. The host does not wait for what is queued there."""
+    """Return the tensor on the device, without waiting for the work queued there."""
     return tensor.to(device, non_blocking=True)

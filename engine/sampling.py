@@ -1,12 +1,12 @@
-"""Sampling: the completions of a whole step, decoded together by transformers' own layers.
+"""Sample the completions of a whole step together, with transformers' own layers.
 
-Letters are those of the legend in grpo.py; S = P + the most new tokens is the number of key-value
-slots of a row. Each prompt is read once and its keys and values handed to its G rows. Then every
-row gets one token per decoding step: one pass over the weights draws A tokens, of the A rows that
-go on.
+Dimension letters are in the legend of grpo.py; S = P + max_new_tokens, rounded up to a multiple of
+8, is the number of KV-cache slots per row. Prefill processes each prompt once and copies its keys
+and values to its G rows. Each decode step then samples one token per row: one pass over the weights
+for the A rows that are not finished.
 
-On a GPU the decoding step is compiled and recorded as a CUDA graph, where that works: with fixed
-rows, A = B. On a CPU the same code runs as it stands, and rows that have ended cost nothing more.
+On a GPU the decode step is compiled and captured as a CUDA graph, where that works; its rows are
+fixed, A = B. On a CPU the same code runs eagerly and drops finished rows.
 """
 
 import copy
@@ -21,43 +21,44 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
-from engine.attention import trust_attention
-from engine.fastpath import at_least_fp32, is_trusted, matmul_fp32, relative_difference, trusted
+from engine.attention import verify_attention
+from engine.fastpath import at_least_fp32, is_verified, matmul_fp32, relative_difference, verify
 from engine.parallel import process_count, process_index
 from engine.prompts import Prompts, embed_prompts
 
 COMPILED = "torch.compile of the decoder layers"
-CAPTURED = "a CUDA graph of the decoding step"
-FINISHED_CHECK_EVERY = 8  # tokens: on a GPU, where the host must wait to see that all have ended
+CAPTURED = "a CUDA graph of the decode step"
+FINISHED_CHECK_EVERY = 8  # tokens; on a GPU the host waits for each check of the finished rows
 LAYER_INPUTS = signature(Qwen2_5_VLDecoderLayer.forward).parameters
-CACHE = "cache" if "cache" in LAYER_INPUTS else "past_key_values"  # transformers 5.24 renamed it
+CACHE = "cache" if "cache" in LAYER_INPUTS else "past_key_values"  # renamed in transformers 5.24
 
 
 @dataclass(frozen=True)
 class Completions:
-    """What was sampled. Tokens after a row's first stop token are padding and not in the mask."""
+    """Sampled completions. Tokens after a row's first stop token are padding, outside the mask."""
 
     ids: Tensor  # (B, C)
-    mask: Tensor  # (B, C) bool; the stop token belongs to the completion
-    lengths: list[int]  # B, of the mask's rows
-    logprobs: Tensor  # (B, C) fp32, under the distribution the token was drawn from
-    truncated: Tensor  # (B,) bool: reached the limit without a stop token
+    mask: Tensor  # (B, C) bool, true up to and including the stop token
+    lengths: list[int]  # B, tokens per row: the mask's row sums
+    logprobs: Tensor  # (B, C) fp32, under the distribution that the tokens were sampled from
+    truncated: Tensor  # (B,) bool: hit the token limit without a stop token
 
 
 class Cache:
-    """Keys and values of one layer in all rows, filled through `update` by the layer itself."""
+    """KV cache of one layer for all rows; the layer itself fills it through `update`."""
 
     def __init__(self, shape: tuple[int, int, int, int], next_slot: Tensor, like: Tensor) -> None:
         self.keys = like.new_zeros(shape)  # (rows, Hkv, S, D)
         self.values = like.new_zeros(shape)
-        self.next_slot = next_slot  # (1,), the same tensor for all layers
+        self.next_slot = next_slot  # (1,), shared by all layers
 
     def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        """Keep what a layer has computed, and return what its queries may look at.
+        """Store a layer's new keys and values, and return those that its queries attend to.
 
-        One token of each of the first A rows, (A, Hkv, 1, D), goes to the next slot; all slots of
-        these rows are returned.
-        Prompts, (Q, Hkv, P, D), go to the first slots of all rows of their groups.
+        Decoding: one token of each of the first A rows, (A, Hkv, 1, D), goes to the next slot;
+        returns all slots of these rows.
+        Prefill: prompts, (Q, Hkv, P, D), go to the first slots of all rows of their groups;
+        returns the prompts.
         """
         if key.shape[2] == 1:
             keys, values = self.keys[: len(key)], self.values[: len(key)]
@@ -77,11 +78,11 @@ class Cache:
 
 
 class Sampler:
-    """Draws completions from one model, whatever its weights are at the time.
+    """Samples completions from one model, with its current weights.
 
-    Its buffers are made at the first call and reused as long as the number of rows and the length
-    of the prompts stay the same: a recorded step knows them by their addresses. For the same reason
-    the model's weights may be changed in place only.
+    The first call allocates buffers; later calls reuse them while the number of rows and the prompt
+    length stay the same, because a captured CUDA graph uses their addresses. For the same reason,
+    change the model's weights in place only.
     """
 
     def __init__(self, model, *, max_new_tokens: int, pad_id: int) -> None:
@@ -89,7 +90,7 @@ class Sampler:
         self.max_new_tokens, self.pad_id = max_new_tokens, pad_id
         self.run_layer: Callable[..., Tensor] = call_layer
         self.advance: Callable[[], Tensor] = self.decode_step
-        self.shape: tuple[int, int] | None = None  # rows and prompt length the buffers are for
+        self.shape: tuple[int, int] | None = None  # rows and prompt length of the buffers
 
     @torch.no_grad()
     def generate(
@@ -102,15 +103,15 @@ class Sampler:
     ) -> Completions:
         """Return G completions of each prompt; temperature 0 is greedy.
 
-        Tokens are drawn from softmax(logits / temperature) and nothing else: no top-k, no top-p, no
-        penalties, whatever the checkpoint's generation_config says. All randomness is the
-        generator's.
+        Tokens are sampled from softmax(logits / temperature) alone: no top-k, no top-p, no
+        penalties, whatever the checkpoint's generation_config says. All randomness comes from
+        `generator`.
         """
         self.model.eval()
         shape = (len(prompts) * group_size, prompts.input_ids.shape[1])
         if shape != self.shape:
             self.make_buffers(*shape)
-            self.prefill(prompts, group_size)  # fast forms are tried behind these prompts
+            self.prefill(prompts, group_size)  # the fast paths are checked after this prefill
             self.advance = self.fastest_decode_step()
         self.temperature.fill_(temperature or 1.0)
         hidden = self.prefill(prompts, group_size)
@@ -128,9 +129,9 @@ class Sampler:
         return self.completions()
 
     def make_buffers(self, rows: int, prompt_length: int) -> None:
-        """Make everything a decoding step reads and writes, for so many rows."""
+        """Allocate every buffer that a decode step reads or writes."""
         config, self.shape = self.language_model.config, (rows, prompt_length)
-        slots = -(-(prompt_length + self.max_new_tokens) // 8) * 8  # a mask's rows must be aligned
+        slots = -(-(prompt_length + self.max_new_tokens) // 8) * 8  # mask rows must be aligned
         weight = self.model.lm_head.weight
         head_size = config.hidden_size // config.num_attention_heads
         cache_shape = (rows, config.num_key_value_heads, slots, head_size)
@@ -138,8 +139,8 @@ class Sampler:
             self.stops = torch.tensor(stop_ids(self.model), dtype=torch.long)
             self.sampled = torch.zeros(1, dtype=torch.long)  # tokens per row so far
             self.next_slot = torch.zeros(1, dtype=torch.long)
-            self.mask = torch.zeros(1, 1, 1, slots, dtype=weight.dtype)  # 0 seen, -inf hidden
-            self.rope = torch.zeros(  # cosines and sines of the completion's positions
+            self.mask = torch.zeros(1, 1, 1, slots, dtype=weight.dtype)  # 0: visible, -inf: hidden
+            self.rope = torch.zeros(  # cosines and sines of the completion positions
                 2, rows, self.max_new_tokens, head_size, dtype=weight.dtype
             )
             self.every_row = torch.arange(rows)
@@ -155,13 +156,13 @@ class Sampler:
         ]
 
     def prefill(self, prompts: Prompts, group_size: int) -> Tensor:
-        """Start afresh: read each prompt once, return the rows' last states (B, hidden)."""
+        """Reset the buffers, process each prompt once, return the rows' last states (B, hidden)."""
         embeds, positions, first = embed_prompts(self.model, prompts)
         rope = self.language_model.rotary_emb(embeds, positions)
         hidden = embeds
         for layer, cache in zip(self.language_model.layers, self.caches, strict=True):
             hidden = call_layer(layer, hidden, rope, None, cache)
-        self.rows = self.every_row  # those that go on, (A,): they have the first slots of a cache
+        self.rows = self.every_row  # unfinished rows, (A,): the first A rows of each cache
         self.sampled.zero_()
         self.next_slot.fill_(embeds.shape[1])
         self.mask.fill_(-torch.inf)[..., : embeds.shape[1]] = 0
@@ -174,11 +175,11 @@ class Sampler:
         return self.language_model.norm(hidden[:, -1]).repeat_interleave(group_size, 0)
 
     def make_noise(self, temperature: float, generator: torch.Generator | None) -> None:
-        """Draw the next token's noise, log E with E = -log U ~ Exp(1); none if greedy.
+        """Fill in the next token's noise, log E with E = -log U ~ Exp(1); zeros if greedy.
 
-        It is made outside of the step, so that a recorded step holds no randomness of its own, and
-        for the rows of all processes: a row's tokens do not depend on how many there are.
-        U = 0 makes it infinite: that word is not drawn this time.
+        Runs outside the decode step, so that a captured step has no random state. Makes noise for
+        the rows of all processes, so that a row's tokens do not depend on the number of processes.
+        U = 0 gives infinite noise: that token is not sampled this time.
         """
         if temperature > 0:
             self.all_noise.uniform_(generator=generator)
@@ -187,9 +188,9 @@ class Sampler:
             self.noise.zero_()
 
     def decode_step(self) -> Tensor:
-        """Feed each row its latest token, draw the next; return the logits (A, V) it is drawn from.
+        """Feed each row its latest token and sample the next; return its logits (A, V).
 
-        Device work on fixed buffers only: nothing here depends on a value the host would know.
+        Runs device work on fixed buffers only: nothing depends on a value that the host must read.
         """
         latest = self.ids[self.rows, self.sampled - 1, None]  # (A, 1)
         self.mask.index_fill_(-1, self.next_slot, 0)
@@ -201,9 +202,9 @@ class Sampler:
         return self.sample_token(self.language_model.norm(hidden)[:, 0])
 
     def sample_token(self, hidden: Tensor) -> Tensor:
-        """Draw one token per row from states (A, hidden), note it; return its logits (A, V).
+        """Sample and store one token per row from states (A, hidden); return its logits (A, V).
 
-        The Gumbel-max trick: argmax(logits - log E) with E ~ Exp(1) is a sample of softmax(logits),
+        Gumbel-max trick: argmax(logits - log E) with E ~ Exp(1) is a sample of softmax(logits),
         without a cumulative sum over the vocabulary and without a host sync.
         """
         logits = matmul_fp32(hidden, self.model.lm_head.weight.T).div_(self.temperature)
@@ -218,9 +219,9 @@ class Sampler:
         return logits
 
     def drop_finished_rows(self) -> None:
-        """Go on without the rows that have ended; the last rows take their places in the caches.
+        """Drop the finished rows; the last unfinished rows take their places in the caches.
 
-        Not for a recorded or compiled step, which is made for so many rows.
+        Not for a captured or compiled step, whose number of rows is fixed.
         """
         ended = self.finished[self.rows]
         if not ended.any():  # host sync
@@ -234,7 +235,7 @@ class Sampler:
                 slots[free] = slots[moved]
 
     def completions(self) -> Completions:
-        """Return copies of what has been drawn, as wide as the longest row."""
+        """Return copies of the sampled tokens and log-probs, trimmed to the longest row."""
         is_stop = torch.isin(self.ids, self.stops)
         before = is_stop.cumsum(1) - is_stop.long()  # stop tokens to the left
         mask = before == 0
@@ -248,29 +249,29 @@ class Sampler:
             truncated=~self.finished,
         )
 
-    # --- the same step, faster --------------------------------------------------------
+    # --- compiled and captured decode step --------------------------------------------
 
     def fastest_decode_step(self) -> Callable[[], Tensor]:
-        """Return `step`; on a GPU compiled and recorded, where that gives the same logits."""
-        if self.model.device.type != "cuda" or self.max_new_tokens == 1:  # nothing to step to
+        """Return `decode_step`, on a GPU compiled and captured if these pass their checks."""
+        if (
+            self.model.device.type != "cuda" or self.max_new_tokens == 1
+        ):  # no decode step to speed up
             return self.decode_step
-        trust_attention(self.language_model.config, self.model.lm_head.weight)
-        if is_trusted(COMPILED):  # compiled for other shapes: of more than 8 it would refuse
+        verify_attention(self.language_model.config, self.model.lm_head.weight)
+        if is_verified(COMPILED):  # for other shapes; the compiler refuses more than 8
             torch.compiler.reset()
-        if trusted(COMPILED, self.check_compiled):
+        if verify(COMPILED, self.check_compiled):
             self.run_layer = compile_layer()
-        if trusted(CAPTURED, self.check_captured):
-            self.try_decode_step(
-                self.decode_step
-            )  # compiles, if need be: a recording must not see that
+        if verify(CAPTURED, self.check_captured):
+            self.try_decode_step(self.decode_step)  # compile before the capture
             return CapturedGraph(self.decode_step)
         return self.decode_step
 
     def check_compiled(self) -> float:
-        """Return how far compiled layers are off, each on its own: the worst of `compare_layer`.
+        """Return the worst error of the compiled layers, each compared alone by `compare_layer`.
 
-        The logits would not do: in bf16 the roundings of 28 layers take two right forms 1 to 4 %
-        apart.
+        Comparing logits does not work: over 28 layers, bf16 rounding takes two correct
+        implementations 1 to 4 % apart.
         """
         differences: list[float] = []
         self.run_layer = partial(compare_layer, compile_layer(), differences)
@@ -278,16 +279,16 @@ class Sampler:
             self.try_decode_step(self.decode_step)
         finally:
             self.run_layer = call_layer
-        return torch.tensor(differences).max().item()  # nan, if one is
+        return torch.tensor(differences).max().item()  # nan if any is
 
     def check_captured(self) -> float:
-        """Return how far the logits are off when the step is recorded and replayed."""
+        """Return the relative error of the logits of a captured and replayed step."""
         slow = self.try_decode_step(self.decode_step)
         return relative_difference(self.try_decode_step(CapturedGraph(self.decode_step)), slow)
 
     def try_decode_step(self, advance: Callable[[], Tensor]) -> Tensor:
-        """Return the logits of a step taken right after the prompts with `advance`; undo it."""
-        self.sampled.fill_(1)  # as if a first token, the padding, had been drawn
+        """Return the logits of the first step after prefill, taken by `advance`, and undo it."""
+        self.sampled.fill_(1)  # as if padding had been sampled as the first token
         logits = advance().clone()
         self.next_slot -= 1
         self.finished.zero_()
@@ -295,13 +296,13 @@ class Sampler:
 
 
 class CapturedGraph:
-    """A function's device work as a CUDA graph: the same kernels on the same addresses, at once."""
+    """A function captured as a CUDA graph: each call replays its kernels on the same addresses."""
 
     def __init__(self, step: Callable[[], Tensor]) -> None:
         self.graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         try:
-            # records, does not run; what other threads do meanwhile (the loader's) is no matter
+            # thread_local: other threads, such as the loader's, may use the GPU during the capture
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 self.result = step()
         except BaseException:
@@ -309,25 +310,25 @@ class CapturedGraph:
             raise
 
     def __call__(self) -> Tensor:
-        """Replay, and return the result: always the same tensor, with new values."""
+        """Replay the graph and return the result: always the same tensor, with new values."""
         self.graph.replay()
         return self.result
 
 
 def abort_capture(stream, pool: tuple[int, int]) -> None:
-    """Undo what torch leaves of a failed recording: its own stream is current, its pool in use."""
+    """Clean up after a failed capture: torch leaves its own stream current and its pool in use."""
     torch.cuda.set_stream(stream)
-    with suppress(RuntimeError, AttributeError):  # some versions have done so themselves
+    with suppress(RuntimeError, AttributeError):  # some torch versions do this themselves
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
 
 
 def compile_layer() -> Callable[..., Tensor]:
-    """Return `call_layer` compiled: one graph for all layers, since each gets its own cache."""
+    """Return `call_layer` compiled: one graph for all layers, since each call gets its cache."""
     return torch.compile(call_layer, fullgraph=True, dynamic=False)
 
 
 def call_layer(layer, hidden: Tensor, rope: tuple, mask: Tensor | None, cache: Cache) -> Tensor:
-    """Return the output of one of transformers' decoder layers; `rope` are cosines and sines."""
+    """Return the output of a transformers decoder layer; `rope` is cosines and sines."""
     return layer(hidden, attention_mask=mask, position_embeddings=rope, **{CACHE: cache})
 
 
@@ -340,10 +341,11 @@ def compare_layer(
     mask: Tensor,
     cache: Cache,
 ) -> Tensor:
-    """Return `call_layer` of a layer; note how much farther off a compiled one is than it may be.
+    """Return `call_layer`'s output; append the compiled layer's excess errors to `differences`.
 
-    Both are held against the layer in fp32. Where bf16 rounds to huge values, as trained models
-    have, any right form is far off: the compiled one may be half again as far as the plain one.
+    Both layers are compared with the layer in fp32. In bf16 with huge activations, as trained
+    models have, any correct implementation is far off: the compiled layer's error may be 1.5 times
+    the uncompiled one's.
     """
     exact = changes(
         call_layer,
@@ -363,16 +365,16 @@ def compare_layer(
 def changes(
     run: Callable[..., Tensor], layer, hidden: Tensor, rope: tuple, mask: Tensor, cache: Cache
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a layer adds to its rows' states, and the keys and values that it has kept."""
+    """Return what a layer adds to the hidden states, and the keys and values that it caches."""
     slots = (cache.keys, cache.values)
     for each in slots:
-        each.index_fill_(2, cache.next_slot, 0)  # or what was there before would do
+        each.index_fill_(2, cache.next_slot, 0)  # or stale values would pass the check
     added = run(layer, hidden, rope, mask, cache).float() - hidden.float()
     return added, *(each.index_select(2, cache.next_slot) for each in slots)
 
 
 def make_generator(device: str, *numbers: int) -> torch.Generator:
-    """Return random numbers that are a function of some numbers, such as seed and step, alone."""
+    """Return a generator whose state depends only on `numbers`, such as seed and step."""
     (state,) = np.random.SeedSequence(numbers).generate_state(1)
     return torch.Generator(device).manual_seed(int(state))
 

@@ -1,22 +1,22 @@
-"""Scoring: the log-prob of every completion token under a model, in one packed pass.
+"""Score completions: the log-prob of every token under a model, in one packed pass.
 
-Letters are those of the legend in grpo.py, and T is the number of all completion tokens. The Q
-prompts and their B ragged completions stand in one sequence of N = Q * P + T tokens, so that a
-prompt is read once and not once per completion, and nothing is padded but inside attention. The
-same pass serves the policy, with gradients, and the reference, without.
+Dimension letters are in the legend of grpo.py; T counts the tokens of all completions. The Q
+prompts and their B ragged completions form one sequence of N = Q * P + T tokens, so each prompt is
+processed once, not once per completion, and only attention pads. The same pass serves the policy,
+with gradients, and the reference, without.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from engine.attention import IMPLEMENTATION, Packing, lower_right, trust_attention
+from engine.attention import IMPLEMENTATION, Packing, lower_right, verify_attention
 from engine.fastpath import matmul_fp32
 from engine.prompts import Prompts, embed_prompts, send
 from engine.sizes import free_memory
 
-CHUNK = 1024  # completion tokens whose logits over the vocabulary are in memory at once
-HEADROOM = 0.08  # of the memory: left free when layers to checkpoint are chosen
+CHUNK = 1024  # completion tokens with logits in memory at once
+HEADROOM = 0.08  # share of memory left free when choosing the layers to checkpoint
 
 
 def completion_logprobs(
@@ -28,11 +28,12 @@ def completion_logprobs(
     temperature: float,
     checkpoint_layers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-prob of every completion token and its distribution's entropy, (B, C) each.
+    """Return every completion token's log-prob and its distribution's entropy, (B, C) each.
 
-    Under softmax(logits / temperature) in fp32; zero from a row's length on. Rows are group-major.
-    Differentiable through the vision tower where gradients are enabled; the entropy never is.
-    `checkpoint_layers` layers are recomputed in the backward pass; None: as few as memory allows.
+    The distribution is softmax(logits / temperature) in fp32. Rows are group-major, and zero beyond
+    their length. Log-probs are differentiable, through the vision tower too, where gradients are
+    enabled; entropies never are. The backward pass recomputes `checkpoint_layers` layers; None: as
+    few as fit in memory.
     """
     language_model = model.model.language_model
     embeds, positions, first = embed_prompts(model, prompts)
@@ -64,11 +65,11 @@ def completion_logprobs(
 def pack(
     grid: tuple[int, int], lengths: list[int], prompt_grid: tuple[int, int], device
 ) -> tuple[Packing, Tensor]:
-    """Return where all tokens stand, and which state predicts each completion token, (T,).
+    """Return the packed layout, and the index of the state that predicts each token, (T,).
 
-    Completions of these lengths in a (B, C) grid, prompts in a (Q, P) grid. States are numbered:
-    first the B rows' last prompt states, then the T states of the completion tokens. Indices are
-    made on the host, where the lengths are: no device work depends on their values.
+    `grid` is (B, C), `prompt_grid` (Q, P). States are indexed in this order: the last prompt state
+    of each of the B rows, then the T states of the completion tokens. The host builds all indices
+    from the lengths, so no device work depends on their values.
     """
     (rows, longest), (prompts, prompt_length) = grid, prompt_grid
     column = torch.arange(longest).expand(rows, -1)
@@ -94,15 +95,13 @@ def forward_packed(
     packing: Packing,
     checkpoint_layers: int | None,
 ) -> Tensor:
-    """Return the last states (N, hidden) of a sequence: embeds (N, hidden), positions (3, N).
+    """Return the last hidden states (N, hidden) from embeds (N, hidden) and positions (3, N).
 
-    The first `checkpoint_layers` layers keep their input only and run again in the backward pass.
+    The first `checkpoint_layers` layers store only their input; the backward pass recomputes them.
     """
     if language_model.config._attn_implementation != IMPLEMENTATION:
-        raise RuntimeError(
-            "call engine.loading.use_own_attention(model) before scoring with a model"
-        )
-    trust_attention(language_model.config, embeds)
+        raise RuntimeError("call engine.loading.use_own_attention(model) before scoring")
+    verify_attention(language_model.config, embeds)
     hidden = embeds[None]
     rope = language_model.rotary_emb(hidden, positions[:, None])
     options = {"attention_mask": None, "position_embeddings": rope, "packing": packing}
@@ -125,11 +124,11 @@ def forward_packed(
 
 
 def layers_to_checkpoint(language_model, tokens: int, cells: int) -> int:
-    """Return how many layers must be recomputed for a pass over so many tokens to fit.
+    """Return how many layers a pass over `tokens` packed tokens must checkpoint to fit in memory.
 
-    All that are kept are in memory together when the backward pass begins, with the log-probs'
-    part of it: later a kept layer's activations make room for its gradients. So what is free now,
-    less that part and HEADROOM, is shared out by `activation_bytes`.
+    Memory peaks when the backward pass starts, with all stored activations and the buffers of
+    `ChunkedLogprobs`; later, a layer's freed activations make room for its gradients. So the free
+    memory, less those buffers and HEADROOM, must hold `activation_bytes` of every other layer.
     """
     config, device = language_model.config, language_model.device
     free, total = free_memory(device)
@@ -140,11 +139,11 @@ def layers_to_checkpoint(language_model, tokens: int, cells: int) -> int:
 
 
 def activation_bytes(config, dtype: torch.dtype, tokens: int, cells: int, *, trained: bool) -> int:
-    """Return about how many bytes a decoder layer keeps of a pass for the backward pass.
+    """Return about how many bytes a decoder layer stores for the backward pass.
 
-    Counted on transformers' layers: of each packed token 4 vectors of the MLP's inner width and 9
-    of the hidden width, 6.5 if only adapters are trained; 4 of the latter of each cell (B, C) of
-    the padded completions inside attention.
+    Counted on transformers' layers: per packed token, 4 vectors of the MLP's inner width and 9 of
+    the hidden width (6.5 if only adapters are trained); per cell (B, C) of the completions padded
+    in attention, 4 of the hidden width.
     """
     hidden = (9 if trained else 6.5) * tokens + 4 * cells
     return int(
@@ -153,10 +152,10 @@ def activation_bytes(config, dtype: torch.dtype, tokens: int, cells: int, *, tra
 
 
 def logprobs_bytes(config, tokens: int, *, trained: bool) -> int:
-    """Return the bytes that `ChunkedLogprobs` takes at most, of so many tokens' passes.
+    """Return the peak memory of `ChunkedLogprobs` for `tokens` tokens, in bytes.
 
-    Forward the logits of a chunk in fp32, and as much twice inside of logsumexp; backward, if the
-    vocabulary is trained, its gradient in fp32, a chunk's part of it, and d logits.
+    Forward: the logits of a chunk in fp32, and twice as much inside logsumexp. Backward, if the
+    output embeddings are trained: their gradient in fp32, a chunk's part of it, and d logits.
     """
     logits = min(tokens, CHUNK) * config.vocab_size
     backward = trained * (2 * 4 * config.vocab_size * config.hidden_size + 4 * logits)
@@ -167,17 +166,18 @@ def logprobs_bytes(config, tokens: int, *, trained: bool) -> int:
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(states @ weight.T / temperature)[target], without keeping any logits.
+    """log softmax(states @ weight.T / temperature)[target], without storing logits.
 
-    The logits of 6,000 tokens over 152,064 words take 3.4 GiB in fp32, and softmax and gradient as
-    much again. Here one chunk of tokens has logits at a time; the backward pass makes them anew.
+    The logits of 6,000 tokens with a vocabulary of 152,064 take 3.4 GiB in fp32, and softmax and
+    gradient as much again. This function holds one chunk's logits at a time; the backward pass
+    recomputes them.
     """
 
     @staticmethod
     def forward(
         ctx, states: Tensor, weight: Tensor, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropies, (T,) each in at least fp32; the latter without gradient.
+        """Return log-probs and entropies, (T,) each in at least fp32; entropies have no gradient.
 
         states (T, hidden), weight (V, hidden), targets (T,).
         """
@@ -193,7 +193,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor, _) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Return d logits @ weight, and d logits.T @ states, summed over the chunks in fp32."""
+        """Return d logits @ weight, and d logits.T @ states summed over the chunks in fp32."""
         states, weight, targets, log_normalizer = ctx.saved_tensors
         for_states, for_weight = ctx.needs_input_grad[:2]
         states_gradient = torch.empty_like(states) if for_states else None
@@ -219,15 +219,15 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 
 def chunks_of(tokens: int) -> list[slice]:
-    """Return the slices of so many tokens of which logits are in memory at once."""
+    """Return slices of at most CHUNK tokens that cover all tokens."""
     return [slice(start, start + CHUNK) for start in range(0, tokens, CHUNK)]
 
 
 def chunk_logprobs(
     states: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs, entropies and the logarithms of the normalizers, (chunk,) each."""
-    logits = matmul_fp32(states, weight.T).div_(temperature)  # (chunk, V), gone with this call
+    """Return log-probs, entropies and log-normalizers, (chunk,) each."""
+    logits = matmul_fp32(states, weight.T).div_(temperature)  # (chunk, V), freed on return
     log_normalizer = logits.logsumexp(-1)
     logprobs = logits.gather(1, targets[:, None])[:, 0] - log_normalizer
     probabilities = (logits - log_normalizer[:, None]).exp_()
@@ -243,7 +243,7 @@ def chunk_gradient(
     gradient: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Return the gradient of a chunk's logits, (chunk, V), of that of its log-probs, (chunk,).
+    """Return the gradient of a chunk's logits, (chunk, V), from that of its log-probs, (chunk,).
 
     d logprob / d logits = one-hot(target) - softmax(logits), divided by the temperature.
     """

@@ -1,4 +1,4 @@
-"""Shapes and sizes: what a model weighs, and where it can run, known before it is loaded."""
+"""Compute a model's shape and size, and where it can run, before it is loaded."""
 
 import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -16,7 +16,7 @@ from engine.model_files import (
 )
 
 MODEL_TYPE = "qwen2_5_vl"
-HUB_TEXT_CONFIGS = {  # so that a machine too small is told before anything is downloaded
+HUB_TEXT_CONFIGS = {  # lets `place` refuse a machine that is too small before any download
     "Qwen/Qwen2.5-VL-3B-Instruct": {
         "vocab_size": 151_936,
         "hidden_size": 2048,
@@ -36,7 +36,7 @@ HUB_TEXT_CONFIGS = {  # so that a machine too small is told before anything is d
         "tie_word_embeddings": False,
     },
 }
-LARGEST_ON_CPU = 1_000_000_000  # parameters; a larger model is refused without a GPU
+LARGEST_ON_CPU = 1_000_000_000  # parameters; a larger model needs a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GIB = 2**30
@@ -51,11 +51,11 @@ def model_config(model: str) -> Qwen2_5_VLConfig:
     folder = folder_of(model, config_only=True)
     check_pointers(folder)
     if not (folder / CONFIG).exists():
-        raise ModelError(f"model {model}: no readable model in this folder: no {CONFIG}")
+        raise ModelError(f"model {model}: no {CONFIG} in this folder")
     described = read_json(folder / CONFIG)
     if described.get("model_type") != MODEL_TYPE:
-        kind = described.get("model_type", "nameless")
-        raise ModelError(f"model {model}: is a {kind} model, not {MODEL_TYPE}")
+        kind = described.get("model_type", "missing")
+        raise ModelError(f"model {model}: model_type is {kind}, must be {MODEL_TYPE}")
     check_quantized(model, described)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -66,7 +66,7 @@ def model_config(model: str) -> Qwen2_5_VLConfig:
 
 
 def shape_config(model: str) -> Qwen2_5_VLConfig:
-    """Return a config with the model's shape, of the well-known ones without a download.
+    """Return a config with the model's shape; the HUB_TEXT_CONFIGS need no download.
 
     Raises `ModelError`.
     """
@@ -90,25 +90,25 @@ def shape_config(model: str) -> Qwen2_5_VLConfig:
 
 
 def empty_model(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
-    """Return a model whose tensors have shapes and no values."""
+    """Return a model on the meta device: its tensors have shapes but no values."""
     with torch.device("meta"):
         return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def numel(module: torch.nn.Module) -> int:
-    """Return the number of a module's parameters."""
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def parameter_count(config: Qwen2_5_VLConfig) -> int:
-    """Return the number of parameters without making one."""
+    """Return the number of parameters of a config's model, without allocating any."""
     return numel(empty_model(config))
 
 
 def trained_count(
     config: Qwen2_5_VLConfig, *, lora_rank: int = 0, freeze_vision: bool = False
 ) -> int:
-    """Return how many parameters `load` leaves to be trained, its adapters included."""
+    """Return how many parameters `load` makes trainable, adapters included."""
     empty = empty_model(config)
     if lora_rank:
         modules = empty.model.language_model.named_modules()
@@ -130,20 +130,20 @@ def place(
     processes: int = 1,
     command_that_runs: str,
 ) -> tuple[str, str]:
-    """Return the device and dtype to load the model with, in place of "auto".
+    """Return the device and dtype to load the model with, "auto" resolved.
 
-    Raises `ModelError` where this machine cannot hold it, with so many of its parameters `trained`
-    and the optimizer shared out to `processes`; nothing is downloaded to find that out.
+    Raises `ModelError` if this machine cannot hold the model with `trained` trained parameters and
+    the optimizer sharded over `processes`. Downloads config.json at most.
     """
     count = parameter_count(shape_config(model))
     found_gpu = torch.cuda.is_available()
-    runs_here = f"What runs on this machine: {command_that_runs}"
+    runs_here = f"This machine can run: {command_that_runs}"
     wanted = device
     device, dtype = choose_device(count, device=device, dtype=dtype)
     kept = DTYPES[dtype]
-    copies = 1 + optimizer_copies(kept) / processes  # gradient; moments, for bf16 Kahan's as well
+    copies = 1 + optimizer_copies(kept) / processes  # gradient, sharded optimizer
     needed = kept.itemsize * (count * (1 + reference) + trained * copies)
-    purpose = "to train, activations not counted" if trained else "to run"
+    purpose = "to train, not counting activations" if trained else "to run"
     size = f"{count / 1e9:.2f} billion" if count > 1e8 else f"{count / 1e6:.1f} million"
     asks = f"{model} ({size} parameters) needs {needed / GIB:.1f} GiB {purpose}"
     if device == "cuda" and not found_gpu:
@@ -156,7 +156,7 @@ def place(
 
 
 def choose_device(count: int, *, device: str, dtype: str) -> tuple[str, str]:
-    """Return device and dtype for so many parameters, "auto" settled; the GPU may be missing."""
+    """Return device and dtype for `count` parameters, "auto" resolved; the GPU may be missing."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() or count > LARGEST_ON_CPU else "cpu"
     if dtype == "auto":
@@ -165,14 +165,14 @@ def choose_device(count: int, *, device: str, dtype: str) -> tuple[str, str]:
 
 
 def optimizer_copies(dtype: torch.dtype) -> int:
-    """Return how many tensors AdamW keeps of each weight: two moments, for bf16 Kahan's as well."""
+    """Return how many tensors AdamW keeps per weight: two moments, plus Kahan's in bf16."""
     return 3 if dtype == torch.bfloat16 else 2
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
-    """Return the bytes that can still be used there, and all there are."""
+    """Return the free and the total memory of a device, in bytes."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + unused, total  # what torch holds in reserve can be used again
+        return free + unused, total  # torch reuses memory that it has reserved
     return free_host_memory()

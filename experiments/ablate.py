@@ -1,8 +1,9 @@
-"""Train with one part of the algorithm taken out, to see what it was there for.
+"""Train with one part of the algorithm taken out, to see what that part is for.
 
 python experiments/ablate.py stop-token --preset tiny --name no-stop-token
 
-All flags are those of main.py. Where a flag of its own does it (--beta 0, --group-size), use that.
+All flags are those of main.py. For parts that main.py can switch off itself (--beta 0,
+--group-size), use its own flags.
 """
 
 import sys
@@ -20,12 +21,12 @@ from harness import health
 
 
 def without_std(group_advantages: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return advantages that are not divided by the group's standard deviation."""
+    """Return a `group_advantages` that does not divide by the group's standard deviation."""
     return lambda rewards, *, divide_by_std: group_advantages(rewards, divide_by_std=False)
 
 
 def without_stop_token(token_weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return token weights (B, C) that are 0 for each row's last token: stopping is not trained."""
+    """Return a `token_weights` that is 0 for each row's last token, so stopping is not trained."""
 
     def weights(completion_mask: Tensor, **options) -> Tensor:
         last = completion_mask.sum(1, keepdim=True) - 1
@@ -35,14 +36,14 @@ def without_stop_token(token_weights: Callable[..., Tensor]) -> Callable[..., Te
 
 
 def without_temperature(completion_logprobs: Callable) -> Callable:
-    """Return a scoring pass at temperature 1, whatever it was when the tokens were sampled."""
+    """Return a `completion_logprobs` at temperature 1, whatever the tokens were sampled at."""
     return lambda *arguments, temperature, **options: completion_logprobs(
         *arguments, temperature=1.0, **options
     )
 
 
 def without_kahan(_: Callable) -> Callable[..., torch.optim.Optimizer]:
-    """Return plain AdamW, which rounds each update to the weights' dtype, and forgets the rest."""
+    """Return a `make_optimizer` of plain AdamW, which rounds each update to the weights' dtype."""
     return lambda config, policy: torch.optim.AdamW(
         policy.parameters(),
         lr=config.lr,
@@ -52,7 +53,7 @@ def without_kahan(_: Callable) -> Callable[..., torch.optim.Optimizer]:
     )
 
 
-ABLATIONS = {  # name: what is replaced, and by what
+ABLATIONS = {  # name: module, function to replace, maker of its replacement
     "std": (grpo, "group_advantages", without_std),
     "stop-token": (grpo, "token_weights", without_stop_token),
     "scored-temperature": (grpo, "completion_logprobs", without_temperature),
@@ -61,15 +62,15 @@ ABLATIONS = {  # name: what is replaced, and by what
 
 
 def take_out(part: str) -> None:
-    """Replace one function of the trainer by its ablated form, in this process."""
+    """Replace one function of the trainer with its ablated form, in this process."""
     module, name, ablated = ABLATIONS[part]
     setattr(module, name, ablated(getattr(module, name)))
-    if part == "scored-temperature":  # the trainer notices, and would stop
+    if part == "scored-temperature":  # the trainer would notice, and stop the run
         health.check_sampler_gap = lambda metrics, dtype: None
 
 
 def run() -> None:
-    """Train as the command line says, without the part that it names first."""
+    """Train with main.py's flags, without the part that the first argument names."""
     part, *flags = sys.argv[1:] or [""]
     if part not in ABLATIONS:
         sys.exit(f"ablate.py {part}: the first argument must be one of: {', '.join(ABLATIONS)}")

@@ -1,17 +1,17 @@
-"""Tables and figures over several runs, from run folders and the held-out answers of their models.
+"""Make tables and figures over several runs, from their folders and their models' held-out answers.
 
 python experiments/figures.py base           # held-out answers of one seed, before and after
 python experiments/figures.py variations     # reward curves of the three tasks
 python experiments/figures.py transfer       # what training on one task buys on the others
 python experiments/figures.py gap            # what helps on the wide size range
-python experiments/figures.py confirm        # what helped, with other seeds
-python experiments/figures.py ablations      # what each part of the algorithm is there for
-python experiments/figures.py bf16           # what Kahan summation is there for
+python experiments/figures.py confirm        # the same for what helped, with other seeds
+python experiments/figures.py ablations      # what each part of the algorithm is for
+python experiments/figures.py bf16           # what Kahan summation is for
 
-Run NAME-seedN is read from runs/, its answers from held-out/NAME-seedN-on-TASK-at-TEMPERATURE.json,
-as `evaluate.py --json` writes them; reproduce.sh makes both. What comes out goes to results/: a
-figure, and a JSON file with the numbers, the commands and the commits that made them. The table is
-printed as it stands in docs/results.md.
+Reads run NAME-seedN from runs/, and its answers from
+held-out/NAME-seedN-on-TASK-at-TEMPERATURE.json, as `evaluate.py --json` writes them; reproduce.sh
+makes both. Prints the table as it is in docs/results.md. Writes a figure to results/, and a JSON
+file with the numbers and the commands and commits that made them.
 """
 
 import json
@@ -23,17 +23,17 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from harness.runlog import provenance, read_description
-from harness.terminal import never_fail, write_file
+from harness.terminal import ignore_output_errors, write_file
 from plot_rewards import averages
 from shapes import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-TAKEN_OUT = Path(__file__).with_name("taken_out.json")  # of runs that only earlier code can make
+TAKEN_OUT = Path(__file__).with_name("taken_out.json")  # runs of code that is no longer there
 RUNS, HELD_OUT, RESULTS = ROOT / "runs", ROOT / "held-out", ROOT / "experiments" / "results"
 SEEDS = (0, 1, 2)
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 TEMPERATURES = {"greedy": 0, "sampled": 1}
-WINDOW = 20  # steps averaged
+WINDOW = 20  # steps per mean
 REWARDS = {
     "area_correctness_reward": "area correctness (-3 to 3)",
     "area_format_reward": "area format (0 to 0.5)",
@@ -67,7 +67,7 @@ CONFIRM = {
     "`--group-size 16`": "wide-group16",
 }
 CONFIRM_SEEDS = (3, 4, 5)
-ABLATIONS = {  # panel: the runs in it, label -> name, the first as it is; all on the wide task
+ABLATIONS = {  # panel: its runs, label -> name, the first with the defaults; all on the wide task
     "group size": {"8": "wide", "4": "wide-group4", "16": "wide-group16"},
     "advantages": {"divided by the group's std": "wide", "not divided": "wide-nostd"},
     "KL weight": {"0.02": "wide", "0": "wide-beta0"},
@@ -109,7 +109,7 @@ def held_out(answers: str) -> dict:
 
 
 def interval(values: list[float]) -> float:
-    """Return half the width of the 95 % interval of a mean over seeds (Student's t).
+    """Return the half-width of the 95 % interval of a mean over seeds (Student's t).
 
     >>> round(interval([1.0, 2.0, 3.0]), 3)
     2.484
@@ -118,7 +118,7 @@ def interval(values: list[float]) -> float:
 
 
 def cell(values: list[float], decimals: int = 1) -> str:
-    """Return mean and interval as they stand in a table.
+    """Return a table cell: the mean and its interval.
 
     >>> cell([10.0, 11.0, 12.0])
     '11.0 ± 2.5'
@@ -127,17 +127,17 @@ def cell(values: list[float], decimals: int = 1) -> str:
 
 
 def made_by(names: list[str], seeds: tuple[int, ...]) -> dict:
-    """Return how something was made: this command, and the command and commit of each run."""
+    """Return the provenance of an entry: this command, and the command and commit of each run."""
     runs = {}
     for path in [RUNS / f"{name}-seed{seed}" for name in names for seed in seeds]:
-        if (path / "metrics.jsonl").is_file():  # not a cold start
+        if (path / "metrics.jsonl").is_file():  # a cold start has none
             described = read_description(path)
             runs[path.name] = {key: described[key] for key in ("command", "git_commit")}
     return {**provenance("cpu"), "runs": runs}
 
 
 def markdown(head: list[str], rows: dict[str, list[str]]) -> str:
-    """Return a table, first column included in `head`."""
+    """Return a Markdown table; `head` includes the first column."""
     lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -146,7 +146,7 @@ def markdown(head: list[str], rows: dict[str, list[str]]) -> str:
 
 
 def new_figure(panels: int, *, size: tuple[float, float], sharey: bool = True):
-    """Return a figure and its panels, side by side, with a light grid and no box."""
+    """Return a figure and its panels, side by side, each with a light grid and no box."""
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots(1, panels, sharey=sharey)
     for each in axes:
@@ -156,7 +156,7 @@ def new_figure(panels: int, *, size: tuple[float, float], sharey: bool = True):
 
 
 def draw_named(axes, names: dict[str, str], key: str) -> None:
-    """Draw some runs, label -> name: means over the seeds, and bands from lowest to highest."""
+    """Draw runs, label -> name: the mean over the seeds, and a band from lowest to highest."""
     for label, name in names.items():
         runs = [RUNS / f"{name}-seed{seed}" for seed in SEEDS]
         x, y = averages(runs, key, window=WINDOW, axis="prompts")
@@ -179,7 +179,7 @@ def base_numbers() -> dict:
 
 
 def base_table(numbers: dict) -> str:
-    """Return reward, errors and shares; the share within 10 % with its 95 % interval."""
+    """Return the table of reward, errors and shares; the one within 10 % has a 95 % interval."""
     rows = {}
     for how in ("sampled", "greedy"):
         for when, name in (("before", "before"), ("after", "base")):
@@ -201,18 +201,18 @@ def base_table(numbers: dict) -> str:
 
 
 def variations_numbers() -> dict:
-    """Return, for each task and reward, the seeds' means over the first and the last steps."""
+    """Return each seed's mean over the first and the last steps, by task and reward."""
     return {task: {key: ends(task, key) for key in REWARDS} for task in TASKS}
 
 
 def ends(name: str, key: str) -> dict[str, list[float]]:
-    """Return the means over a run's first and last steps, one per seed."""
+    """Return the means over the first and the last WINDOW steps of a run, one per seed."""
     _, y = averages([RUNS / f"{name}-seed{s}" for s in SEEDS], key, window=WINDOW, axis="steps")
     return {"first": y[:, WINDOW - 1].tolist(), "last": y[:, -1].tolist()}
 
 
 def variations_table(numbers: dict) -> str:
-    """Return how the three rewards rise, by task."""
+    """Return the table of the three rewards' rise, by task."""
     rows = {
         TASKS[task]: [
             f"{cell(rewards[key]['first'], 2)} → {cell(rewards[key]['last'], 2)}" for key in REWARDS
@@ -223,7 +223,7 @@ def variations_table(numbers: dict) -> str:
 
 
 def variations_figure(_: dict) -> Figure:
-    """Return our curves, and beside them the ancestor's numbers, which are another model's."""
+    """Return our curves, beside the ancestor's numbers, which are for another model."""
     figure, (ours, theirs) = new_figure(2, size=(11, 4.5))
     draw_named(ours, {TASKS[task]: task for task in TASKS}, "area_correctness_reward")
     for task, rewards in ANCESTOR.items():
@@ -244,7 +244,7 @@ def variations_figure(_: dict) -> Figure:
 
 
 def transfer_numbers() -> dict:
-    """Return the errors of the models trained on nothing and on each task, on every task."""
+    """Return the errors on every task, of the model before training and after each task."""
     return {
         name: {task: {how: errors(name, task, how) for how in TEMPERATURES} for task in TASKS}
         for name in ("before", *TASKS)
@@ -252,7 +252,7 @@ def transfer_numbers() -> dict:
 
 
 def transfer_table(numbers: dict) -> str:
-    """Return the errors on all examples; then, of each task before and after, by size and class."""
+    """Return two tables: errors on all examples; errors of each task by size and class."""
     models = {"before": "nothing yet", **TASKS}
     rows = {
         f"{models[name]}, {how}": [cell(tasks[task][how]["all"]) for task in TASKS]
@@ -273,21 +273,21 @@ def transfer_table(numbers: dict) -> str:
 
 
 def gap_numbers() -> dict:
-    """Return the errors on the wide task of all that was tried, and of the model before.
+    """Return the errors on the wide task of everything we tried, and of the model before training.
 
-    What did not help is no longer in the code: its numbers are kept with the commits that had it.
+    Some of what did not help is no longer in the code; TAKEN_OUT has its numbers and commits.
     """
     kept = json.loads(TAKEN_OUT.read_text())["numbers"]
     return {name: kept.get(name) or errors_on_wide(name) for name in GAP.values()}
 
 
 def gap_table(numbers: dict) -> str:
-    """Return the errors by thirds of the true area."""
+    """Return the table of errors by thirds of the true area."""
     return by_size(numbers, GAP)
 
 
 def by_size(numbers: dict, names: dict[str, str]) -> str:
-    """Return a table of runs, label -> name: errors by size, greedy and sampled."""
+    """Return a table of errors by size, greedy and sampled, one row per run, label -> name."""
     columns = [(group, how) for how in TEMPERATURES for group in (*THIRDS, "all")]
     rows = {
         label: [cell(numbers[name][how][group]) for group, how in columns]
@@ -297,7 +297,7 @@ def by_size(numbers: dict, names: dict[str, str]) -> str:
 
 
 def gap_figure(numbers: dict) -> Figure:
-    """Return the same as dots, one per seed."""
+    """Return the same errors as dots, one per seed."""
     columns = [(how, group) for how in TEMPERATURES for group in ("small", "all")]
     figure, panels = new_figure(len(columns), size=(13, 0.6 + 0.33 * len(GAP)))
     for axes, (how, group) in zip(panels, columns, strict=True):
@@ -309,7 +309,7 @@ def gap_figure(numbers: dict) -> Figure:
 def draw_dots(axes, values: dict[str, list[float]]) -> None:
     """Draw one row per label, top down: a dot for each seed, a bar at their mean.
 
-    The first row is the model before training, the second the yardstick, with a line through it.
+    The first row is the model before training, the second the baseline; a line marks its mean.
     """
     for row, seeds in enumerate(values.values()):
         axes.plot(seeds, [row] * len(seeds), "o", color="C0", alpha=0.6, markersize=5)
@@ -319,16 +319,16 @@ def draw_dots(axes, values: dict[str, list[float]]) -> None:
     axes.set_ylim(len(values) - 0.5, -0.5)
 
 
-# --- confirm: the same again, on seeds that nothing was chosen by --------------------------
+# --- confirm: the same with seeds that had no part in choosing ------------------------------
 
 
 def confirm_numbers() -> dict:
-    """Return the errors on the wide task with other seeds, of the defaults and of what helped."""
+    """Return the errors on the wide task, with other seeds, of the defaults and of what helped."""
     return {name: errors_on_wide(name, CONFIRM_SEEDS) for name in CONFIRM.values()}
 
 
 def confirm_table(numbers: dict) -> str:
-    """Return the errors as `gap_table` does."""
+    """Return the table of errors in the form of `gap_table`."""
     return by_size(numbers, CONFIRM)
 
 
@@ -336,13 +336,13 @@ def confirm_table(numbers: dict) -> str:
 
 
 def ablations_numbers() -> dict:
-    """Return the errors on the wide task of all runs that are drawn."""
+    """Return the errors on the wide task of all runs in ABLATIONS."""
     names = {name: None for runs in ABLATIONS.values() for name in runs.values()}
     return {name: errors_on_wide(name) for name in names}
 
 
 def ablations_table(numbers: dict) -> str:
-    """Return the errors over all sizes, greedy and sampled."""
+    """Return the table of errors over all sizes, greedy and sampled."""
     rows = {}
     for title, runs in ABLATIONS.items():
         for label, name in runs.items():
@@ -352,7 +352,7 @@ def ablations_table(numbers: dict) -> str:
 
 
 def ablations_figure(_: dict) -> Figure:
-    """Return one panel per part: the area reward while training."""
+    """Return one panel per part, with the area reward during training."""
     figure, panels = new_figure(len(ABLATIONS), size=(15, 3.6))
     for axes, (title, names) in zip(panels, ABLATIONS.items(), strict=True):
         draw_named(axes, names, "area_correctness_reward")
@@ -362,21 +362,21 @@ def ablations_figure(_: dict) -> Figure:
     return figure
 
 
-# --- bf16: weights that are rounded after every update ----------------------------------
+# --- bf16: weights rounded after every update -------------------------------------------
 
 
 def bf16_numbers() -> dict:
-    """Return the errors on the wide task, by how the weights are kept."""
+    """Return the errors on the wide task, by dtype and optimizer."""
     return {name: errors_on_wide(name) for name in BF16.values()}
 
 
 def bf16_table(numbers: dict) -> str:
-    """Return the errors as `gap_table` does."""
+    """Return the table of errors in the form of `gap_table`."""
     return by_size(numbers, BF16)
 
 
 def bf16_figure(_: dict) -> Figure:
-    """Return the area reward while training, and how far the policy is from where it began."""
+    """Return two panels: the area reward during training, and the KL from the initial policy."""
     figure, panels = new_figure(2, size=(9, 3.6), sharey=False)
     for axes, key in zip(panels, ("area_correctness_reward", "kl"), strict=True):
         draw_named(axes, BF16, key)
@@ -387,7 +387,7 @@ def bf16_figure(_: dict) -> Figure:
 
 # --- command ----------------------------------------------------------------------------
 
-ENTRIES = {  # numbers, their table, a figure
+ENTRIES = {  # name: makers of the numbers, the table and, for some, the figure
     "base": (base_numbers, base_table, None),
     "variations": (variations_numbers, variations_table, variations_figure),
     "transfer": (transfer_numbers, transfer_table, None),
@@ -399,8 +399,8 @@ ENTRIES = {  # numbers, their table, a figure
 
 
 def main() -> None:
-    """Make the entry that the command line names: the table on the terminal, JSON, figure."""
-    never_fail()
+    """Make the entry that the command line names: print its table, write its JSON and figure."""
+    ignore_output_errors()
     if len(sys.argv) != 2 or sys.argv[1] not in ENTRIES:
         sys.exit(f"figures.py: the argument must be one of: {', '.join(ENTRIES)}")
     name = sys.argv[1]
@@ -419,7 +419,7 @@ def main() -> None:
 
 
 def rounded(value):
-    """Return the value with every number in it to four decimals."""
+    """Return the value with every number in it rounded to four decimals."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):

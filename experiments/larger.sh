@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains a model of 164 million parameters on one GPU, from nothing: a cold start on synthetic
-# answers, then GRPO on each of the three tasks, all at once, and held-out answers before and after.
+# Trains a model of 164 million parameters from scratch on one GPU: a cold start on synthetic
+# answers, then GRPO on all three tasks in parallel, then held-out answers before and after.
 #
 #     experiments/larger.sh                   # everything, into runs/ and held-out/
 #     experiments/larger.sh cold              # the model to start from
 #     SEED=1 STEPS=300 experiments/larger.sh grpo
 #     experiments/larger.sh answers
 #
-# It is not Qwen2.5-VL-7B: its curves say how the program trains something larger than tiny/.
+# It is not Qwen2.5-VL-7B. Its curves show how the program trains a model larger than tiny/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs held-out

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the figures and tables of the README from nothing, on CPU cores alone:
+# Makes the figures and tables of docs/ from scratch, on CPU cores only:
 #
-#     experiments/reproduce.sh            every entry: see the last lines
-#     experiments/reproduce.sh gap        that one, with the runs it needs
+#     experiments/reproduce.sh            every entry, as listed in the last lines
+#     experiments/reproduce.sh gap        one entry, with the runs it needs
 #
-# An entry whose result is in results/ is left out: delete the file to make it anew. A run that was
-# stopped goes on where it was. Runs go side by side, one core each; what is timed comes last, alone.
+# Skips an entry whose results/ENTRY.txt exists: delete that file to make the entry again. Resumes
+# runs that were stopped. Runs go in parallel, one core each; timed entries come last, alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=experiments/results
@@ -40,7 +40,7 @@ declare -A tasks=(
   [wide]="--min-size 5 --max-size 35 --no-rotate"
 )
 
-train() { # NAME SEED: prints the command that makes a run, or goes on with it, if there is need
+train() { # NAME SEED: prints the command that starts or resumes the run, unless it is done
   local run=runs/$1-seed$2 program flags
   read -r program flags < <(awk -v name="$1" '$1 == name { $1 = ""; print }' <<< "$runs")
   [[ $program != *ablate.py ]] || { program="$program ${flags%% *}" flags=${flags#* }; }
@@ -55,18 +55,18 @@ train() { # NAME SEED: prints the command that makes a run, or goes on with it, 
   fi
 }
 
-answer() { # NAME SEED TASK TEMPERATURE: prints the command for held-out answers, if there is need
+answer() { # NAME SEED TASK TEMPERATURE: prints the command for held-out answers, unless it is done
   local file=held-out/$1-seed$2-on-$3-at-$4 model=runs/$1-seed$2
   [ "$1" != before ] || model=tiny
   [ -f "$file.json" ] || echo "python evaluate.py $model ${tasks[$3]} --seed $2 --temperature $4" \
     "--show 0 --plot $file.png --json $file.json > $file.txt"
 }
 
-side_by_side() { # runs the commands that it reads
+side_by_side() { # runs the commands on stdin in parallel
   OMP_NUM_THREADS=1 xargs -r -d '\n' -P "$(nproc)" -I{} sh -c 'echo "{}"; {} 2>&1'
 }
 
-keep() { # NAME COMMAND...: writes what the command prints, and what made it, to results/NAME.txt
+keep() { # NAME COMMAND...: writes the command, the commit and the output to results/NAME.txt
   printf '$ %s\ncommit %s\n\n' "${*:2}" \
     "$(python -c 'from harness.runlog import git_commit; print(git_commit())')" > $results/.partial
   "${@:2}" | tee -a $results/.partial
@@ -74,7 +74,7 @@ keep() { # NAME COMMAND...: writes what the command prints, and what made it, to
 }
 
 seeds="0 1 2"
-models() { # TASKS NAME...: trains each with all seeds, lets it answer the tasks
+models() { # TASKS NAME...: trains each run with all seeds, then evaluates it on the tasks
   local name seed task temperature
   for name in "${@:2}"; do
     for seed in $seeds; do [ "$name" = before ] || train "$name" "$seed"; done
@@ -88,11 +88,11 @@ models() { # TASKS NAME...: trains each with all seeds, lets it answer the tasks
   done | side_by_side
 }
 
-# --- the entries, in order of their time
+# --- the entries, in the order in which they run
 
 pictures() { keep pictures python shapes.py --out docs/img; }
 
-foreseen() { keep foreseen sh -c 'python main.py --dry-run || [ $? = 2 ]'; } # it does not fit here
+foreseen() { keep foreseen sh -c 'python main.py --dry-run || [ $? = 2 ]'; } # 2: does not fit
 
 base() {
   models base before base
@@ -150,7 +150,7 @@ for entry in ${*:-$entries}; do
     echo "reproduce.sh: $entry: must be one of: $entries" >&2
     exit 2
   elif [ -e "$results/$entry.txt" ]; then
-    echo "$entry: $results/$entry.txt is there"
+    echo "$entry: skipped, $results/$entry.txt exists"
   else
     echo "$entry:"
     "$entry"

@@ -1,1 +1,1 @@
-"""What keeps a run honest and alive: its folder, its health, its memory. Imports engine only."""
+"""Everything around training: run folder, checkpoints, health, memory. Imports only engine."""

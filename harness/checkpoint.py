@@ -1,16 +1,16 @@
-"""Checkpoints: the whole state of a run after some step, on disk whole or not at all.
+"""Checkpoints: the whole state of a run after a step, written atomically.
 
 checkpoints/step-000100/
     config.json, model.safetensors, ...   policy and processor, for from_pretrained
     reference/                            the reference, if it has moved away from --model
     optimizer.pt                          moments and Kahan compensation (--save-optimizer)
-    state.json                            steps done, and checksums of all of the above
+    state.json                            steps done, process count, checksums of all the above
 
-Of several processes each writes the state of the parameters that it updates, to a file of its own:
-optimizer-1-of-4.pt. Any number of processes can go on from them.
+With several processes, each writes its shard of the optimizer state to its own file, such as
+optimizer-1-of-4.pt. Any number of processes can resume from the shards.
 
-There is no random state and no place in the data to keep: both are functions of (seed, step), and
-so is the learning rate.
+A checkpoint stores no random state and no position in the data: both are functions of
+(seed, step), and so is the learning rate.
 """
 
 import json
@@ -43,17 +43,17 @@ from engine.model_files import ModelError, first_line
 from engine.parallel import all_reduce_sum, gather, is_main, process_count, process_index
 from engine.sizes import GIB, optimizer_copies
 
-FAILURES = (OSError, RuntimeError, SafetensorError, ModelError)  # what the savers raise
+FAILURES = (OSError, RuntimeError, SafetensorError, ModelError)  # raised by the save functions
 STEP_FOLDER = re.compile(r"step-[0-9]{6,}")
-ROOM = 1.02  # of the tensors' bytes: headers, tokenizer, file system
+ROOM = 1.02  # times the tensors' bytes: adds headers, tokenizer and file system overhead
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read. The message is one line for the user."""
+    """A checkpoint cannot be written or read. The message is one line for the user."""
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """Return a run's checkpoints, the newest last: every folder with such a name is whole."""
+    """Return a run's checkpoints, oldest first. Every folder with such a name is complete."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir()]
     return sorted(
         (path for path in folders if STEP_FOLDER.fullmatch(path.name)),
@@ -62,7 +62,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def steps_of(folder: Path) -> int | None:
-    """Return after how many steps a checkpoint, or final/, was saved; None if it does not say.
+    """Return the steps done when a checkpoint or final/ was saved; None without a state.json.
 
     Raises `CheckpointError` for a damaged state.json.
     """
@@ -70,7 +70,7 @@ def steps_of(folder: Path) -> int | None:
 
 
 def has_optimizer(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has the optimizer's state: only then can its run go on."""
+    """Return whether a checkpoint holds the optimizer state, which resuming needs."""
     return any(checkpoint.glob("optimizer*.pt"))
 
 
@@ -89,9 +89,9 @@ def save(
 ) -> Path:
     """Write a checkpoint, delete all but the newest `keep`, and return its folder.
 
-    The main process writes all but the other processes' shares of the optimizer's state. Raises
-    `CheckpointError`, in all of them, where there is no room, the disk refuses, or the policy is
-    not worth it; what was there stays.
+    The main process writes everything except the other processes' optimizer shards. Raises
+    `CheckpointError` on all processes if the disk has too little space, a write fails, or the
+    policy is not finite; existing checkpoints then stay.
     """
     needed = checkpoint_bytes(loaded, with_optimizer=with_optimizer, with_reference=with_reference)
     with fail_together():
@@ -121,7 +121,7 @@ def save(
 def save_final(run: Path, loaded: Loaded, *, steps_done: int, merge: bool = False) -> None:
     """Write the trained model, or its adapter, and its processor to `final/`.
 
-    With `merge` the model with its adapter in its weights. Raises `CheckpointError`.
+    With `merge`, write the model with the adapter merged into it. Raises `CheckpointError`.
     """
     with atomic_folder(run / "final") as partial:
         check_finite(loaded.policy)
@@ -131,26 +131,28 @@ def save_final(run: Path, loaded: Loaded, *, steps_done: int, merge: bool = Fals
 
 
 def check_finite(policy) -> None:
-    """Raise `CheckpointError` for a policy with a weight that is not a number, or infinite.
+    """Raise `CheckpointError` if a weight of the policy is NaN or infinite.
 
-    One update can do that, with all its gradients finite: a good checkpoint must not give way to
-    such a policy.
+    One update can do this even with finite gradients. Such a policy must not replace a good
+    checkpoint.
     """
     if names := non_finite_parameters(policy):
         raise CheckpointError(
-            f"the policy has {len(names)} weights that are not finite, as {names[0]}"
+            f"{len(names)} of the policy's weight tensors are not finite, for example {names[0]}"
         )
 
 
 def check_room(run: Path, needed: int) -> None:
-    """Raise `CheckpointError` if the disk has fewer bytes free."""
+    """Raise `CheckpointError` if the disk has fewer than `needed` bytes free."""
     free = shutil.disk_usage(run).free
     if needed > free:
-        raise CheckpointError(f"it takes {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free")
+        raise CheckpointError(
+            f"it needs {needed / GIB:.2f} GiB, and only {free / GIB:.2f} GiB are free"
+        )
 
 
 def checkpoint_bytes(loaded: Loaded, *, with_optimizer: bool, with_reference: bool) -> int:
-    """Return about how much disk a checkpoint takes: 62 GiB for 8.29 billion bf16 parameters."""
+    """Return a checkpoint's approximate bytes: 62 GiB for 8.29 billion bf16 parameters."""
     weights, trained = (
         sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         for parameters in (loaded.policy.parameters(), trainable(loaded.policy))
@@ -161,31 +163,31 @@ def checkpoint_bytes(loaded: Loaded, *, with_optimizer: bool, with_reference: bo
 
 
 def save_shard(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write the state of the parameters that this process updates, in the form of `state_dict`.
+    """Write the state of the parameters that this process updates, laid out as a `state_dict`.
 
-    A parameter goes by its number among those of all processes. Tensors that lie on a device come
-    to the host one at a time.
+    Its keys number the parameters of all processes. Tensors on a device are copied to the host
+    one at a time.
     """
-    share = torch.optim.Optimizer.state_dict(optimizer)  # of several processes, the groups only
+    share = torch.optim.Optimizer.state_dict(optimizer)  # several processes: only param_groups
     for number, parameter in local_parameters(optimizer).items():
         share["state"][number] = local_optimizer(optimizer).state.get(parameter, {})
     path = folder / shard_name(process_index(), process_count())
     before = torch.serialization.get_crc32_options()
-    # it would more than double the time, and the checksums in state.json tell of the same damage
+    # crc32 would more than double the time, and state.json's checksums catch the same damage
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(share, path)
     finally:
         torch.serialization.set_crc32_options(before)
-    flush(path)  # only the machine that has written can
+    flush(path)  # only the machine that wrote the file can flush it
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `folder` once all in it is on disk.
+    """Yield a temporary folder that replaces `folder` once its content is on disk.
 
-    All processes may write to it. Whatever happens before that, to the disk, a process or the
-    machine, `folder` stays as it was. Raises `CheckpointError` in all of them if one cannot write.
+    All processes may write to it. If the disk, a process or the machine fails before that,
+    `folder` stays as it was. Raises `CheckpointError` on all processes if any cannot write.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -197,7 +199,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             yield partial
         with fail_together():
             if is_main():
-                put_in_place(partial, folder)
+                move_into_place(partial, folder)
     except BaseException:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
@@ -206,7 +208,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Raise `CheckpointError` in all processes if the block fails in any; all wait for all."""
+    """Raise `CheckpointError` on all processes if the block fails on any. Acts as a barrier."""
     problems, cause = [], None
     try:
         yield
@@ -216,8 +218,8 @@ def fail_together() -> Iterator[None]:
         raise CheckpointError(problems[0]) from cause
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a folder the name and place of another, once all in it is on disk."""
+def move_into_place(partial: Path, folder: Path) -> None:
+    """Flush everything in `partial` to disk, then rename it to `folder`, replacing that one."""
     for path in [*partial.rglob("*"), partial]:
         flush(path)
     if folder.exists():
@@ -227,7 +229,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder; half deleted, it no longer has its name."""
+    """Delete a folder. Rename it first, so that a half-deleted folder never keeps its name."""
     doomed = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -235,14 +237,14 @@ def discard(folder: Path) -> None:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Delete what a process that was killed while saving has left behind."""
+    """Delete the temporary folders of a process that was killed while saving."""
     for pattern in (".*.partial", ".*.deleted", "checkpoints/.*.partial", "checkpoints/.*.deleted"):
         for path in run.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's or a folder's content is on the disk itself."""
+    """Flush a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -254,44 +256,44 @@ def flush(path: Path) -> None:
 
 
 def restore(checkpoint: Path, loaded: Loaded, optimizer: torch.optim.Optimizer) -> int:
-    """Bring policy, reference and optimizer, in place, to a checkpoint's state; return its steps.
+    """Load a checkpoint into policy, reference and optimizer, in place; return its steps done.
 
-    `loaded` is what the run started from. Raises `CheckpointError` for a damaged checkpoint, and
-    where the reference, unless it is part of the checkpoint, is not the one the run had.
+    `loaded` is the model that the run started from. Raises `CheckpointError` if the checkpoint is
+    damaged, or if the reference is neither in the checkpoint nor the one that the run had.
     """
     try:
         state = read_state(checkpoint)
         copy_policy(checkpoint, loaded)
         if (checkpoint / "reference").is_dir():
             copy_weights(checkpoint / "reference", loaded.reference)
-        with_optimizer = has_optimizer(checkpoint)  # if not, there is no step left to be done
+        with_optimizer = has_optimizer(checkpoint)  # without it, no step is left to train
         if with_optimizer:
             restore_optimizer(checkpoint, optimizer, processes=state["processes"])
     except CheckpointError:
         raise
     except ModelError as error:
         raise CheckpointError(f"damaged checkpoint: {error}") from error
-    except Exception as error:  # whatever else a damaged file makes the loaders raise
+    except Exception as error:  # the loaders raise many types for a damaged file
         raise CheckpointError(f"{checkpoint}: damaged: {first_line(error)}") from error
-    state["checksums"].setdefault("files", checksum_of_files(loaded.files))  # none in older ones
+    state["checksums"].setdefault("files", checksum_of_files(loaded.files))  # older ones lack it
     for part, found in checksums(loaded, optimizer, with_optimizer).items():
         if found != state["checksums"].get(part):
             where = f"{checkpoint}: damaged"
             is_of_model = part == "reference" and not (checkpoint / "reference").is_dir()
             if part == "files" or is_of_model:
-                where = "--model: not the one this run was started from"
-            raise CheckpointError(f"{where}: the checksum of the {part} differs")
+                where = "--model: not the model that this run started from"
+            raise CheckpointError(f"{where}: the checksum of the {part} does not match")
     return state["steps_done"]
 
 
 def read_state(checkpoint: Path) -> dict:
-    """Return what state.json holds. Raises `CheckpointError` if it cannot be read."""
+    """Return the content of state.json. Raises `CheckpointError` if it cannot be read."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         return {
             "steps_done": int(state["steps_done"]),
-            "processes": int(state.get("processes", 1)),  # older ones have one file for all
-            "checksums": dict(state.get("checksums", {})),  # none in final/
+            "processes": int(state.get("processes", 1)),  # older ones have one file
+            "checksums": dict(state.get("checksums", {})),  # final/ has none
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -302,11 +304,11 @@ def read_state(checkpoint: Path) -> dict:
 def restore_optimizer(
     checkpoint: Path, optimizer: torch.optim.Optimizer, *, processes: int
 ) -> None:
-    """Give the optimizer, tensor by tensor, its own part of what so many processes have saved."""
+    """Load this process's part of the state that `processes` processes saved, tensor by tensor."""
     names = [shard_name(number, processes) for number in range(processes)]
     shares = [open_shard(checkpoint / name) for name in names]
     saved = {number: state for share in shares for number, state in share["state"].items()}
-    own_form = {"triton": optimizer.param_groups[0]["triton"]}  # a matter of the machine
+    own_form = {"triton": optimizer.param_groups[0]["triton"]}  # depends on this machine
     groups = [group | own_form for group in shares[0]["param_groups"]]
     torch.optim.Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": groups})
     for number, parameter in local_parameters(optimizer).items():
@@ -317,18 +319,18 @@ def restore_optimizer(
 
 
 def open_shard(path: Path) -> dict:
-    """Return what `save_shard` wrote; a tensor stays on the disk until it is read."""
+    """Return what `save_shard` wrote; tensors stay on disk until they are read."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except UnpicklingError as error:  # its own text tells how to run the code of others
-        raise CheckpointError(f"{path}: damaged: it holds not just tensors") from error
+    except UnpicklingError as error:  # its own text explains how to run foreign code
+        raise CheckpointError(f"{path}: damaged: it holds more than tensors") from error
 
 
-# --- for saving and restoring -----------------------------------------------------------
+# --- shared by saving and restoring -----------------------------------------------------
 
 
 def shard_name(number: int, processes: int) -> str:
-    """Return the name of the file with a process's share of the optimizer's state.
+    """Return the file name of a process's shard of the optimizer state.
 
     >>> shard_name(0, 1), shard_name(0, 4)
     ('optimizer.pt', 'optimizer-1-of-4.pt')
@@ -337,12 +339,12 @@ def shard_name(number: int, processes: int) -> str:
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that keeps the state of what this process updates."""
+    """Return the optimizer that holds the state of this process's parameters."""
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
 def local_parameters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
-    """Return the parameters that this process updates, by their number among those of all."""
+    """Return the parameters that this process updates, by number among those of all processes."""
     all_parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     own = {
         tensor for group in local_optimizer(optimizer).param_groups for tensor in group["params"]
@@ -353,7 +355,7 @@ def local_parameters(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
 def checksums(
     loaded: Loaded, optimizer: torch.optim.Optimizer, with_optimizer: bool
 ) -> dict[str, int]:
-    """Return a checksum of each part of a run's state; the optimizer's is that of all processes."""
+    """Return a checksum of each part of a run's state; the optimizer's covers all processes."""
     found = {
         "policy": checksum(loaded.policy.parameters()),
         "files": checksum_of_files(loaded.files),
@@ -369,12 +371,12 @@ def checksums(
 
 
 def checksum_of_files(files: Mapping[str, bytes]) -> int:
-    """Return a checksum of tokenizer, chat template and the like, which are part of the model."""
+    """Return a checksum of the tokenizer, chat template and other files of the model."""
     return zlib.crc32(b"".join(name.encode() + files[name] for name in sorted(files)))
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """Return the sum of all bits, read as integers: exact, so the same on every device.
+    """Return the sum of the tensors' bits read as integers: exact, so the same on every device.
 
     >>> checksum([torch.tensor([1.0]), torch.tensor([2.0])])
     2139095040

@@ -1,4 +1,4 @@
-"""What ends a run before its time, or deserves a warning: signals, numbers, a collapsing policy."""
+"""Reasons to stop a run or to warn: signals, bad numbers, a collapsing policy."""
 
 import math
 import os
@@ -13,23 +13,23 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from engine.parallel import gather, is_main, process_count
 
-# mean |log-prob sampled - scored| at the first step that still is rounding, in nats per token
+# largest mean |log-prob sampled - scored| at the first step that rounding explains, nats per token
 MAX_SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-MAX_SKIPPED = 5  # steps in a row whose numbers are not finite
-SECONDS_TO_SAVE = 600  # that a step and its checkpoint may take, at 7B
-WINDOW = 10  # steps: the latest so many are compared with the first so many
+MAX_SKIPPED = 5  # skipped steps in a row that end the run
+SECONDS_TO_SAVE = 600  # time allowed for one step and its checkpoint, at 7B
+WINDOW = 10  # steps: the latest ones are compared with the first ones
 LOOK = "look at samples.jsonl"
 
 
 class Unhealthy(Exception):
-    """A run that should not go on. The message is one line for the user."""
+    """A run should not continue. The message is one line for the user."""
 
 
 class StopSignal:
-    """Makes Ctrl-C, SIGTERM and a closed terminal a wish: the step is finished first.
+    """Turns Ctrl-C, SIGTERM and a closed terminal into a request to stop after the current step.
 
-    `number` says which came. A second one ends the process at once. A context manager, for the time
-    of the training loop.
+    `number` is the signal received, or None. A second signal ends the process at once. Use it as a
+    context manager around the training loop.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -46,29 +46,30 @@ class StopSignal:
             signal.signal(number, handler)
 
     def receive(self, number: int, _) -> None:
-        """Note the signal, and give the next one its usual effect.
+        """Record the signal, and restore the default action of the next one.
 
-        Beside other processes the next one means nothing: their launcher passes on what they have
-        received already, and ends by itself those that take too long.
+        With several processes, ignore the next one: the launcher forwards signals that the
+        processes have already received, and itself kills those that take too long.
         """
         self.number = number
         alone = process_count() == 1
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL if alone else signal.SIG_IGN)
         if is_main():
-            once_more = b" Once more stops at once." if alone else b""
-            with suppress(OSError):  # not print: a handler may run in the middle of another print
-                os.write(2, b"\nStopping: the step is finished and saved first.%b\n" % once_more)
+            once_more = b" A second signal stops at once." if alone else b""
+            with suppress(OSError):  # not print(): a handler may interrupt another print()
+                os.write(2, b"\nStopping: finishing and saving this step first.%b\n" % once_more)
 
     def agreed_number(self) -> int:
-        """Return the signal that any of the processes has received, the same on all; 0 if none."""
+        """Return the signal that any process received, the same on all processes; 0 if none."""
         return max(gather([self.number or 0]))
 
 
 def launcher_limit() -> str | None:
-    """Return a warning if a launcher would kill its processes before a step is saved.
+    """Return a warning if the launcher would kill its processes before they can save a step.
 
-    After Ctrl-C or SIGTERM torchrun and accelerate wait 30 s, unless a variable says otherwise.
+    After Ctrl-C or SIGTERM, torchrun and accelerate wait 30 s unless an environment variable sets
+    another limit.
     """
     if process_count() == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
@@ -76,41 +77,46 @@ def launcher_limit() -> str | None:
     limit = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30") if can_be_set else "30"
     if limit.isdecimal() and int(limit) >= SECONDS_TO_SAVE:
         return None
-    longer = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={SECONDS_TO_SAVE} in the launcher's environment, or "
+    longer = (
+        f"set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={SECONDS_TO_SAVE} in the launcher's environment, or "
+    )
     return (
-        f"After Ctrl-C or SIGTERM the launcher kills this run within {limit} s, saved or not. What "
-        f"gives it time: {longer if can_be_set else ''}the signal to this process alone (kill -INT "
-        f"{os.getpid()})"
+        f"After Ctrl-C or SIGTERM the launcher kills this run within {limit} s, saved or not. To "
+        f"allow more time, {longer if can_be_set else ''}send the signal to this process only "
+        f"(kill -INT {os.getpid()})"
     )
 
 
 def exit_with_parent(_: int) -> None:
-    """Make a loader's worker process end when its parent does, neither before nor after.
+    """Make a loader's worker process end together with its parent, neither earlier nor later.
 
-    A Ctrl-C reaches it too: it must outlive it, or the step cannot be finished. And torch's workers
-    may outlive a parent that was killed, waiting for someone to read what they have made.
+    Ctrl-C reaches the worker too, and the step cannot finish unless the worker survives it. And
+    torch's workers may outlive a killed parent, waiting for someone to read their batch.
     """
     for number in StopSignal.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=exit_after, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=exit_when_orphaned, args=(os.getppid(),), daemon=True).start()
 
 
-def exit_after(parent: int) -> None:
-    """End this process when its parent is no longer the one it had."""
+def exit_when_orphaned(parent: int) -> None:
+    """End this process once its parent process is no longer `parent`."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 class Health:
-    """Looks at the metrics of every step, in the order of the run."""
+    """Checks the metrics of every step, in order."""
 
     def __init__(self, dtype: torch.dtype, history: list[dict]) -> None:
         self.dtype, self.history = dtype, list(history)
         self.warned: set[str] = set()
 
     def check(self, metrics: dict) -> list[str]:
-        """Return warnings about this step, each only once in a run. Raises `Unhealthy`."""
+        """Return warnings of a skipped step, and of each kind of collapse once.
+
+        Raises `Unhealthy`.
+        """
         self.history.append(metrics)
         check_sampler_gap(metrics, self.dtype)
         warnings = check_skipped(self.history)
@@ -120,49 +126,49 @@ class Health:
         return warnings
 
     def check_end(self) -> None:
-        """Raise `Unhealthy` if the last step was skipped: the policy may be of no use by then."""
+        """Raise `Unhealthy` if the last step was skipped: the policy may be useless by then."""
         if self.history and self.history[-1]["skipped"]:
             raise Unhealthy(
-                f"the last step was skipped, {self.history[-1]['not_finite']} not finite, so there "
-                f"is no final/. More steps (--resume, --steps) may mend it; else a new run with a "
-                f"lower --lr or a higher --beta"
+                f"the last step was skipped ({self.history[-1]['not_finite']} not finite), so "
+                f"final/ has not been saved. More steps (--resume, --steps) may help; otherwise "
+                f"start a new run with a lower --lr or a higher --beta"
             )
 
 
 def check_sampler_gap(metrics: dict, dtype: torch.dtype) -> None:
-    """Raise `Unhealthy` if, at the first step, sampling and scoring were not one distribution."""
+    """Raise `Unhealthy` if sampling and scoring use different distributions at the first step."""
     allowed, gap = MAX_SAMPLER_GAP[dtype], metrics["sampler_gap_mean"]
     if metrics["step"] > 0:
         return
     if not math.isfinite(gap):
         raise Unhealthy(
-            f"the log-probs of the first samples are not finite, though the weights are: some are "
-            f"so large that {dtype} cannot hold what comes of them"
+            f"the log-probs of the first samples are not finite, though the weights are: some "
+            f"weights are so large that {dtype} overflows"
         )
     if gap > allowed:
         raise Unhealthy(
-            f"the log-probs recorded while sampling and those of the scoring pass differ by "
-            f"{gap:.4f} per token (up to {allowed} is rounding). The "
+            f"the log-probs of sampling and of the scoring pass differ by {gap:.4f} per token "
+            f"(rounding explains up to {allowed}). The "
             f"policy would be trained on samples it did not draw: temperature, positions, masks or "
             f"the key-value cache differ between sampling.Sampler and scoring.completion_logprobs"
         )
 
 
 def check_skipped(history: list[dict]) -> list[str]:
-    """Return a warning if the latest step was skipped. Raises `Unhealthy` after too many."""
+    """Return a warning if the latest step was skipped. Raises `Unhealthy` for too many in a row."""
     latest = history[-1]
     if not latest["skipped"]:
         return []
     if len(history) >= MAX_SKIPPED and all(step["skipped"] for step in history[-MAX_SKIPPED:]):
         raise Unhealthy(
-            f"{latest['not_finite']} not finite in {MAX_SKIPPED} steps in a row, which were all "
+            f"{latest['not_finite']} not finite in {MAX_SKIPPED} steps in a row, all of them "
             f"skipped; a lower --lr or a higher --beta usually helps"
         )
     return [f"step {latest['step']}: skipped, not finite: {latest['not_finite']}"]
 
 
 def find_collapse(history: list[dict]) -> dict[str, str]:
-    """Return what is wrong with the latest steps beside the first ones, and where to look."""
+    """Return a warning for each kind of collapse from the first steps to the latest ones."""
     if len(history) < 2 * WINDOW:
         return {}
     (entropy_then, entropy), (length_then, length), (_, truncated), (_, no_spread) = (
@@ -173,11 +179,12 @@ def find_collapse(history: list[dict]) -> dict[str, str]:
     checks = {
         "certain": (
             entropy < 0.1 * entropy_then,
-            f"{changed}: all samples are nearly the same; {LOOK}; a higher --beta holds it up",
+            f"{changed}: all samples are nearly the same; {LOOK}; try a higher --beta",
         ),
         "noise": (
             entropy > 3 * entropy_then,
-            f"{changed}: the policy is turning to noise; {LOOK}; a lower --lr or a higher --beta",
+            f"{changed}: the policy is turning to noise; {LOOK}; try a lower --lr or a higher "
+            f"--beta",
         ),
         "short": (
             length < 0.25 * length_then,
@@ -185,11 +192,13 @@ def find_collapse(history: list[dict]) -> dict[str, str]:
         ),
         "long": (
             truncated > 0.5,
-            f"{100 * truncated:.0f} % of the completions are cut off; {LOOK}, or --max-new-tokens",
+            f"{100 * truncated:.0f} % of the completions are cut off; {LOOK}; try a higher "
+            f"--max-new-tokens",
         ),
         "equal": (
             no_spread == 1,
-            f"all rewards of every group are equal: nothing is learned; {LOOK}; --temperature",
+            f"the rewards are equal within every group: nothing is learned; {LOOK}; try a higher "
+            f"--temperature",
         ),
     }
     step = history[-1]["step"]
@@ -197,6 +206,6 @@ def find_collapse(history: list[dict]) -> dict[str, str]:
 
 
 def mean(steps: list[dict], key: str) -> float:
-    """Return the mean of a metric; a value that was not finite is passed over, nan if all are."""
+    """Return the mean of a metric without its None and NaN values; NaN if no value is left."""
     values = [step[key] for step in steps if step[key] is not None and step[key] == step[key]]
     return statistics.fmean(values) if values else float("nan")

@@ -1,4 +1,4 @@
-"""Batches made ahead of the training loop, by worker processes that never outlive it."""
+"""Batches prepared ahead of the training loop, by worker processes that never outlive it."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -10,11 +10,11 @@ from harness.health import exit_with_parent
 from harness.runlog import RunError
 
 T = TypeVar("T")
-WORKER_TIMEOUT_S = 300  # without it, a worker that cannot hand over its batch blocks forever
+WORKER_TIMEOUT_S = 300  # without it, a worker that cannot deliver its batch blocks forever
 
 
 class Steps(Dataset):
-    """The batches of all steps; each is made when it is asked for."""
+    """The batches of all steps, each made on request."""
 
     def __init__(self, make_batch: Callable[[int], object]) -> None:
         self.make_batch = make_batch
@@ -26,11 +26,14 @@ class Steps(Dataset):
 def make_loader(
     make_batch: Callable[[int], object], steps: range, *, workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Return what `make_batch` makes of each step, in order, made ahead by so many processes."""
+    """Return a loader of `make_batch(step)` for each step, in order.
+
+    `workers` processes prepare the batches ahead; with 0, this process makes each on request.
+    """
     return DataLoader(
         Steps(make_batch),
         sampler=steps,
-        batch_size=None,  # an item is a whole step's batch already
+        batch_size=None,  # each item is already a step's whole batch
         num_workers=workers,
         worker_init_fn=exit_with_parent,
         timeout=WORKER_TIMEOUT_S if workers else 0,

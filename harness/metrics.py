@@ -1,4 +1,4 @@
-"""What a step leaves in the logs: its metrics, one line on the terminal, now and then a sample."""
+"""The log entries of a step: its metrics, its line on the terminal, and a sample of its text."""
 
 import dataclasses
 import statistics
@@ -26,8 +26,8 @@ def step_metrics(
 ) -> dict[str, float | str]:
     """Return one line of metrics.jsonl; the glossary in docs/running.md explains each key.
 
-    `rewards`, `lengths` and `truncated` are those of this process's completions, group-major;
-    `stats` is what `grpo.update` returned, `seconds` a `Stopwatch`'s.
+    `rewards`, `lengths` and `truncated` describe this process's completions, group-major. `stats`
+    comes from `grpo.update`, `seconds` from a `Stopwatch`.
     """
     rewards, lengths, truncated = gather(rewards), gather(lengths), gather(truncated)
     totals = torch.tensor([reward.total for reward in rewards]).view(-1, group_size)
@@ -56,7 +56,7 @@ def step_metrics(
 
 
 def terminal_line(metrics: dict, steps: int) -> str:
-    """Return the step as one aligned line."""
+    """Return a step's metrics as one aligned line."""
     return (
         f"step {metrics['step']:>{len(str(steps))}}/{steps}"
         f" | reward {metrics['reward_mean']:6.3f}"
@@ -72,9 +72,9 @@ def terminal_line(metrics: dict, steps: int) -> str:
 
 
 def held_out_line(summary: dict, steps_done: int) -> str:
-    """Return the summary of a held-out evaluation as one line."""
+    """Return a held-out evaluation's summary as one line."""
     return (
-        f"held out, after {steps_done} steps: area {summary['area_correctness_reward']:.3f}"
+        f"held-out after {steps_done} steps: area {summary['area_correctness_reward']:.3f}"
         f" | median error {100 * summary['relative_error_median']:.1f} %"
         f" | two decimals {100 * summary['two_decimals']:.0f} %"
         f" | strict XML {100 * summary['strict_xml']:.0f} %"
@@ -84,7 +84,7 @@ def held_out_line(summary: dict, steps_done: int) -> str:
 def group_sample(
     step: int, example, *, texts: list[str], rewards: list, advantages: list[float]
 ) -> dict:
-    """Return one line of samples.jsonl: an example with all completions of its group."""
+    """Return one line of samples.jsonl: an example and all completions of its group."""
     completions = zip(texts, rewards, advantages, strict=True)
     return {
         "step": step,
@@ -99,13 +99,13 @@ def group_sample(
 
 
 def peak_memory() -> int:
-    """Return the most bytes this process has used: on the GPU if there is one, else in RAM."""
+    """Return this process's peak memory in bytes: of the GPU if it uses one, else of the host."""
     is_on_gpu = torch.cuda.is_initialized()
     return torch.cuda.max_memory_allocated() if is_on_gpu else peak_host_memory()
 
 
 class Stopwatch:
-    """Seconds of each phase of a step: `lap` names the phase that has just ended."""
+    """Measures the seconds of each phase of a step. Call `lap` when a phase ends."""
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self.synchronize = synchronize
@@ -113,7 +113,7 @@ class Stopwatch:
         self.last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """Add the time since the last lap, device work included, to `phase`."""
+        """Add the time since the last lap to `phase`, device work included."""
         self.synchronize()
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last

@@ -1,11 +1,11 @@
-"""The run folder: what a run leaves behind, and nothing else.
+"""The run folder: everything that a run writes.
 
 config.json         every option, versions, device, git commit, command; the same for each resume
 metrics.jsonl       one object per step
 evaluations.jsonl   one object per held-out evaluation
-samples.jsonl       now and then one prompt with all its completions
+samples.jsonl       one prompt with all its completions, every few steps
 checkpoints/        the state after some steps, to resume from: see checkpoint.py
-final/              model and processor, loadable with from_pretrained
+final/              model and processor, for from_pretrained
 """
 
 import json
@@ -26,20 +26,20 @@ try:
     import fcntl
     import resource
 except ImportError:
-    sys.exit("This runs on Linux and macOS. On Windows: in WSL, which is a Linux")
+    sys.exit("This program runs on Linux and macOS. On Windows, run it in WSL")
 
-ROOT = Path(__file__).resolve().parent.parent  # of this code
+ROOT = Path(__file__).resolve().parent.parent  # of the source code
 PACKAGES = ("torch", "transformers", "accelerate", "torch-optimi", "matplotlib", "numpy", "pillow")
-TRACKED = {"metrics": "", "evaluations": "held_out/"}  # what a tool is shown, under which prefix
-STEP_KEYS = {"metrics": "step", "evaluations": "steps_done", "samples": "step"}  # file -> key
+TRACKED = {"metrics": "", "evaluations": "held_out/"}  # logs for the tracker -> prefix
+STEP_KEYS = {"metrics": "step", "evaluations": "steps_done", "samples": "step"}  # log -> step key
 
 
 class RunError(Exception):
-    """A run folder that cannot be used. The message is one line for the user."""
+    """A run cannot start, resume or continue. The message is one line for the user."""
 
 
 class RunLog:
-    """Writes the lines of one run; only one process at a time can. Raises `RunError`."""
+    """Writes the log lines of one run; only one process at a time can. Raises `RunError`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.tracker = folder, None
@@ -52,12 +52,12 @@ class RunLog:
             raise RunError(f"{folder}: another process is writing this run") from error
         except OSError as error:
             raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
-        self.pending = dict.fromkeys(STEP_KEYS, b"")  # what the disk did not take yet
+        self.pending = dict.fromkeys(STEP_KEYS, b"")  # bytes not on disk yet
 
     def write(self, name: str, record: dict) -> None:
-        """Append one line to metrics, evaluations or samples; then it outlives the process.
+        """Append one line to metrics, evaluations or samples, unbuffered.
 
-        What a full disk refuses is kept, told, and tried again with the next line.
+        If the disk is full, warn, keep the line in memory, and retry with the next line.
         """
         record = replace_non_finite(record)
         if self.tracker is not None and name in TRACKED:
@@ -75,20 +75,20 @@ class RunLog:
             )
 
     def flush(self) -> None:
-        """Write what is pending. Raises `OSError` when the disk takes no more."""
+        """Write the pending lines. Raises `OSError` if the disk is full."""
         for name, file in self.files.items():
             while self.pending[name]:
-                written = file.write(self.pending[name])  # perhaps not all: the rest comes next
+                written = file.write(self.pending[name])  # maybe only a part of it
                 self.pending[name] = self.pending[name][written:]
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk itself. Raises `OSError` when it is full."""
+        """Flush all lines to disk (fsync). Raises `OSError` if the disk is full."""
         self.flush()
         for file in self.files.values():
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Write what is pending and close the files. Raises `OSError` when the disk is full."""
+        """Write the pending lines and close the files. Raises `OSError` if the disk is full."""
         try:
             self.flush()
         finally:
@@ -99,7 +99,7 @@ class RunLog:
 
 
 class NullRunLog(RunLog):
-    """The log of a process that leaves the writing to another one."""
+    """The log of every process but the main one: it writes nothing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.files, self.tracker = folder, {}, None
@@ -109,10 +109,10 @@ class NullRunLog(RunLog):
 
 
 class Tracker:
-    """Shows metrics in a tool made for watching them; the run's own files stay the record.
+    """Sends metrics to tensorboard, wandb or trackio; the run's own files stay the record.
 
-    Tools and their settings are those of accelerate. What a tool fails to take is lost to it, and
-    does not stop the run.
+    accelerate provides the trackers and their settings. A tracker that fails loses those numbers,
+    but does not stop the run.
     """
 
     def __init__(
@@ -124,33 +124,33 @@ class Tracker:
         on_cpu: bool,
         resumed_at: int | None = None,
     ) -> None:
-        """Begin, or after a resume go on, with what the tool calls a run. Raises `RunError`.
+        """Start the tracker's run, or continue it after a resume. Raises `RunError`.
 
-        Points are placed by the steps done.
+        The x axis of its curves is the steps done.
         """
         from accelerate import Accelerator
 
         options = {"name": folder.name, "resume": "allow"}
         if tool == "tensorboard":
             options = {}
-            if resumed_at is not None:  # what comes again is cut; a config would be one run more
+            if resumed_at is not None:  # purge repeated steps; a config would add another run
                 options, config = {"purge_step": resumed_at + 1}, None
-        if tool == "wandb":  # a name alone would be a second run each time
+        if tool == "wandb":  # with only a name, each resume would start another run
             started = read_description(folder)["started"]
             options["id"] = re.sub(r"[^\w-]", "-", f"{folder.name}-{started}")
         try:
             self.accelerator = Accelerator(log_with=tool, project_dir=folder, cpu=on_cpu)
             self.accelerator.init_trackers(
-                "tensorboard" if tool == "tensorboard" else "vlm-area",  # a folder, or a project
+                "tensorboard" if tool == "tensorboard" else "vlm-area",  # folder or project
                 config=config,
                 init_kwargs={tool: options},
             )
-        except Exception as error:  # whatever a tool raises without a network or an account
+        except Exception as error:  # without network or account, trackers raise many types
             problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(f"--report-to {tool}: {problem}") from error
 
     def log(self, record: dict, *, prefix: str, step: int) -> None:
-        """Show the numbers among the values of a record."""
+        """Send the numbers in a record to the tracker."""
         numbers = {
             prefix + key: value for key, value in record.items() if isinstance(value, int | float)
         }
@@ -158,23 +158,23 @@ class Tracker:
             self.accelerator.log(numbers, step=step)
         except Exception as error:
             print(
-                f"\n--report-to: the numbers after {step} steps are not shown: {error!r}",
+                f"\n--report-to: the numbers after {step} steps have not been logged: {error!r}",
                 file=sys.stderr,
             )
 
     def finish(self) -> None:
-        """Hand over what the tool still holds."""
+        """Let the tracker send its last numbers and close."""
         try:
             self.accelerator.end_training()
         except Exception as error:
-            print(f"\n--report-to: may lack its end: {error!r}", file=sys.stderr)
+            print(f"\n--report-to: the last numbers may be missing: {error!r}", file=sys.stderr)
 
 
 def lock(file) -> None:
-    """Claim a file for this process. Raises `BlockingIOError` if another one has it.
+    """Lock a file for this process. Raises `BlockingIOError` if another process holds the lock.
 
-    The loader's workers share the claim of the process that made them, and outlive it, if it is
-    killed, by half a second or so: it is tried for two.
+    The loader's workers inherit their parent's lock, and outlive a killed parent by about half a
+    second. So retry for two seconds.
     """
     for pause_s in (0.5, 0.5, 0.5, 0.5, 0):
         try:
@@ -185,14 +185,14 @@ def lock(file) -> None:
             time.sleep(pause_s)
 
 
-# --- runs begin and go on ---------------------------------------------------------------
+# --- start and resume -------------------------------------------------------------------
 
 
 def create_run(folders: Iterable[Path], *, config: dict, device: str) -> RunLog:
-    """Make a new run's folder, the first of some that is not there. Raises `RunError`.
+    """Create a new run in the first of `folders` that does not exist. Raises `RunError`.
 
-    Runs that are started together each get one: looking and making are one act. Where it fails,
-    nothing is left.
+    Runs started at the same time get different folders, because mkdir both checks and creates. If
+    config.json cannot be written, the folder is removed.
     """
     folder = new_folder(folders)
     try:
@@ -200,38 +200,38 @@ def create_run(folders: Iterable[Path], *, config: dict, device: str) -> RunLog:
         write_json(folder / "config.json", {"config": config, **about})
     except OSError as error:
         folder.rmdir()
-        raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
+        raise RunError(f"{folder}: cannot be created: {error.strerror}") from error
     return RunLog(folder)
 
 
 def new_folder(folders: Iterable[Path]) -> Path:
-    """Return the first of these folders that could be made. Raises `RunError`."""
+    """Create and return the first of `folders` that does not exist. Raises `RunError`."""
     for folder in folders:
         try:
             folder.mkdir(parents=True)
             return folder
         except OSError as error:
             if not folder.exists():
-                raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
+                raise RunError(f"{folder}: cannot be created: {error.strerror}") from error
     raise RunError(f"{folder}: exists; runs are never overwritten")
 
 
 def reopen_run(folder: Path, *, config: dict, device: str, steps_done: int) -> RunLog:
-    """Open a run's folder again, and cut the lines of steps that will be done again.
+    """Reopen a run's folder, and cut the log lines of steps that the run will repeat.
 
-    Raises `RunError`, with nothing cut, where lines of the steps before are missing or damaged.
+    Raises `RunError`, and cuts nothing, if lines of the steps before are missing or damaged.
     """
     log = RunLog(folder)
-    lengths = {name: length_up_to(folder, name, steps_done) for name in STEP_KEYS}
+    lengths = {name: bytes_to_keep(folder, name, steps_done) for name in STEP_KEYS}
     kept = [line["step"] for line in read_lines(folder / "metrics.jsonl", lengths["metrics"])]
     if kept != list(range(steps_done)):
         path = folder / "metrics.jsonl"
-        raise RunError(f"{path}: does not hold the {steps_done} steps before the checkpoint")
+        raise RunError(f"{path}: does not contain the {steps_done} steps before the checkpoint")
     description = read_description(folder)
     earlier = description.pop("resumed", [])
     description |= {
         "config": config,
-        "folder": str(folder.absolute()),  # a run may move, and its model with it
+        "folder": str(folder.absolute()),  # the run may have moved, with its model
         "resumed": [*earlier, {"steps_done": steps_done, **provenance(device)}],
     }
     try:
@@ -243,14 +243,14 @@ def reopen_run(folder: Path, *, config: dict, device: str, steps_done: int) -> R
     return log
 
 
-def length_up_to(folder: Path, name: str, steps_done: int) -> int:
-    """Return the bytes of a file's lines about the first `steps_done` steps.
+def bytes_to_keep(folder: Path, name: str, steps_done: int) -> int:
+    """Return the length in bytes of a log's lines about the first `steps_done` steps.
 
-    A line without its end was being written when the run died. Raises `RunError` for a line that
-    is damaged.
+    A line without a newline is not counted: the run died while writing it. Raises `RunError` for a
+    damaged line.
     """
     path, length = folder / f"{name}.jsonl", 0
-    is_evaluation = name == "evaluations" and steps_done > 0  # one comes after the last step
+    is_evaluation = name == "evaluations" and steps_done > 0  # keyed by the steps done
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
@@ -266,25 +266,25 @@ def length_up_to(folder: Path, name: str, steps_done: int) -> int:
 
 
 def read_lines(path: Path, length: int = -1) -> list[dict]:
-    """Return the objects in the first `length` bytes of a file, one per line."""
+    """Return the JSON objects in the first `length` bytes of a file, one per line."""
     with path.open("rb") as file:
         return [json.loads(line) for line in file.read(length).splitlines()]
 
 
 def read_description(folder: Path) -> dict:
-    """Return what config.json holds, the run's options under "config". Raises `RunError`."""
+    """Return the content of config.json, with the options under "config". Raises `RunError`."""
     path = folder / "config.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(description["config"], dict):
             return description
-        raise TypeError("no options in it")
+        raise TypeError("it has no options")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: not readable: {error}") from error
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a file whole or not at all. Raises `OSError`."""
+    """Write a JSON file atomically. Raises `OSError`."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
@@ -295,7 +295,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def provenance(device: str) -> dict:
-    """Return by what command, when, with which code and versions, and where a run is made."""
+    """Return the command, start time, device, git commit and versions of this run."""
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -306,7 +306,7 @@ def provenance(device: str) -> dict:
 
 
 def replace_non_finite(value):
-    """Return the value with every nan and infinity, which JSON lacks, replaced by None.
+    """Return the value with every NaN and infinity replaced by None, because JSON lacks them.
 
     >>> replace_non_finite({"loss": float("nan"), "rewards": [1.0, float("inf")]})
     {'loss': None, 'rewards': [1.0, None]}
@@ -319,7 +319,7 @@ def replace_non_finite(value):
 
 
 def numbered_folders(runs: Path, name: str) -> Iterator[Path]:
-    """Yield the folders that a run without a name of its own may have, in order.
+    """Yield the folders that a run without --name may use, in order.
 
     >>> folders = numbered_folders(Path("runs"), "tiny")
     >>> [next(folders).name for _ in range(3)]
@@ -331,9 +331,9 @@ def numbered_folders(runs: Path, name: str) -> Iterator[Path]:
 
 
 def git_commit(root: Path = ROOT) -> str | None:
-    """Return the commit of this code, with "+changes" if Python files differ.
+    """Return the commit of this code, with "+changes" if Python files differ from it.
 
-    None without git, and for a copy of the code that some other repository does not track.
+    Return None without git, and for a copy of the code inside a repository that does not track it.
     """
     git = ["git", "-C", str(root)]
     try:
@@ -353,7 +353,7 @@ def git_commit(root: Path = ROOT) -> str | None:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that can change a run's result."""
+    """Return the versions of the packages that can change a run's results."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -364,6 +364,6 @@ def package_versions() -> dict[str, str | None]:
 
 
 def peak_host_memory() -> int:
-    """Return the most bytes of host memory that this process has held."""
+    """Return this process's peak host memory in bytes."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else kib * 1024  # macOS counts bytes
+    return kib if sys.platform == "darwin" else kib * 1024  # macOS reports bytes

@@ -33,9 +33,10 @@ from harness.runlog import (
 
 
 def connect_processes(prompts_per_step: int, *, on_cpu: bool) -> None:
-    """Connect the processes that `accelerate launch` started; all but the main one fall silent.
+    """Connect the processes that `accelerate launch` started; silence all but the main one.
 
-    Raises `ValueError` if they cannot share a step's prompts evenly: see also `launched`.
+    Raises `ValueError` if they cannot split a step's prompts evenly; see also
+    `rank_and_world_size`.
     """
     connect(on_cpu=on_cpu)
     if prompts_per_step % process_count():
@@ -51,9 +52,9 @@ def connect_processes(prompts_per_step: int, *, on_cpu: bool) -> None:
 
 
 def candidate_folders(runs: Path, name: str, *, default_name: str) -> Iterable[Path]:
-    """Return the folders that a new run may take, in order; with a name there is only one.
+    """Return the folders that a new run may use, in order; with a name, only that one.
 
-    Raises `ValueError` if that one exists, or if `runs` cannot be written to.
+    Raises `ValueError` if the named folder exists, or if `runs` is not writable.
     """
     existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
@@ -69,9 +70,9 @@ def candidate_folders(runs: Path, name: str, *, default_name: str) -> Iterable[P
 
 
 def checkpoint_to_resume(run: Path, *, steps: int, model: str, merge: bool) -> Path | None:
-    """Return the checkpoint a run resumes from; None if it died before its first one.
+    """Return the checkpoint that a run resumes from; None if it died before its first one.
 
-    Raises `ValueError` if nothing is left to do, or if the optimizer's state was not saved.
+    Raises `ValueError` if no step is left, or if the optimizer state has not been saved.
     """
     saved = checkpoint.checkpoints_of(run)
     if not saved:
@@ -81,7 +82,7 @@ def checkpoint_to_resume(run: Path, *, steps: int, model: str, merge: bool) -> P
     is_final = checkpoint.steps_of(run / "final") == done
     is_to_merge = merge and (run / "final" / "adapter_config.json").is_file()
     if steps < done or (steps == done and is_final and not is_to_merge):
-        raise ValueError(f"--resume {run}: {done} steps are done; must be more: --steps {steps}")
+        raise ValueError(f"--resume {run}: {done} steps are done; --steps {steps} must be larger")
     if steps > done and not checkpoint.has_optimizer(saved[-1]):
         raise ValueError(
             f"--resume {run}: {saved[-1].name} has no optimizer state (--no-save-optimizer). A new "
@@ -91,12 +92,12 @@ def checkpoint_to_resume(run: Path, *, steps: int, model: str, merge: bool) -> P
 
 
 def check_first_model(run: Path, model: str) -> None:
-    """Raise `ValueError` for another model while no checkpoint can prove that it is the same."""
+    """Raise `ValueError` for another model if no checkpoint can prove that it is the same one."""
     before = read_description(run)["config"]["model"]
     if model != before and os.path.isdir(before):
         raise ValueError(
-            f"--model {model}: the run has {before}, and no checkpoint yet whose checksums could "
-            f"show that the two are the same"
+            f"--model {model}: the run started from {before}, and has no checkpoint yet whose "
+            f"checksums could show that the two are the same"
         )
 
 
@@ -106,7 +107,7 @@ def check_first_model(run: Path, model: str) -> None:
 def start_run(folders: Iterable[Path], *, config: dict, report_to: str, device: str) -> RunLog:
     """Create a new run in the first free folder and return its log.
 
-    Raises `RunError`, and then leaves no folder; the other processes exit with the main one.
+    Raises `RunError`, and leaves no folder behind; the other processes exit with the main one.
     """
     log, problem = None, None
     if is_main():
@@ -114,18 +115,18 @@ def start_run(folders: Iterable[Path], *, config: dict, report_to: str, device: 
             log = create_with_tracker(folders, config=config, report_to=report_to, device=device)
         except RunError as error:
             problem = error
-    folder = gather([log.folder if log else None])[0]  # all processes wait until it exists
+    folder = gather([log.folder if log else None])[0]  # a barrier: the folder exists
     if problem:
         raise problem
     if folder is None:
-        sys.exit(2)  # the main process has said why
+        sys.exit(2)  # the main process reports the reason
     return log or NullRunLog(folder)
 
 
 def create_with_tracker(
     folders: Iterable[Path], *, config: dict, report_to: str, device: str
 ) -> RunLog:
-    """Create the folder, and start the tracker of --report-to. Raises `RunError`."""
+    """Create the run's folder and start its tracker; return its log. Raises `RunError`."""
     log = create_run(folders, config=config, device=device_name(device))
     try:
         log.tracker = make_tracker(report_to, log.folder, config=config, device=device)
@@ -137,9 +138,9 @@ def create_with_tracker(
 
 
 def reopen(run: Path, *, config: dict, report_to: str, device: str, steps_done: int) -> RunLog:
-    """Return the log of a run that resumes after `steps_done` steps; later lines are cut off.
+    """Return the log of a run that resumes after `steps_done` steps, without its later lines.
 
-    Raises `RunError`, with nothing in the folder touched.
+    Raises `RunError`, and then cuts no line.
     """
     if not is_main():
         barrier()  # until the main process has cut the lines
@@ -151,21 +152,21 @@ def reopen(run: Path, *, config: dict, report_to: str, device: str, steps_done: 
     barrier()
     print(f"{run}: resuming after {steps_done} steps")
     if (run / "final").is_dir() and steps_done < config["steps"]:
-        print(f"{run / 'final'}: holds an earlier step until the run has finished again")
+        print(f"{run / 'final'}: is from an earlier step until the run finishes again")
     return log
 
 
 def make_tracker(
     report_to: str, folder: Path, *, config: dict, device: str, resumed_at: int | None = None
 ) -> Tracker | None:
-    """Return the tracker of --report-to, None without one. Raises `RunError`."""
+    """Return the tracker that --report-to names; None for "none". Raises `RunError`."""
     if report_to == "none":
         return None
     return Tracker(report_to, folder, config=config, on_cpu=device == "cpu", resumed_at=resumed_at)
 
 
 def device_name(device: str) -> str:
-    """Return the hardware the run computes on, for its config.json."""
+    """Return the hardware that the run uses, for its config.json."""
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {threads} threads"
     return name if process_count() == 1 else f"{process_count()} x {name}"
@@ -177,13 +178,13 @@ def device_name(device: str) -> str:
 def save_checkpoint(
     log: RunLog, loaded: Loaded, optimizer: torch.optim.Optimizer, *, steps_done: int, **parts
 ) -> None:
-    """Save the run's state, or say why it could not be saved: the run itself continues.
+    """Save a checkpoint. If that fails, say why, and let the run continue.
 
-    `parts` are the arguments of `checkpoint.save`.
+    `parts` are further arguments of `checkpoint.save`.
     """
     started = time.perf_counter()
     try:
-        with checkpoint.fail_together():  # without its steps' lines, nothing could be resumed
+        with checkpoint.fail_together():  # a run cannot resume without the lines of its steps
             log.sync()
         saved = checkpoint.save(log.folder, loaded, optimizer, steps_done=steps_done, **parts)
     except (OSError, checkpoint.CheckpointError) as error:
@@ -193,7 +194,7 @@ def save_checkpoint(
 
 
 def stop_run(log: RunLog, signal_number: int) -> None:
-    """Exit after a signal, with the exit code that a shell expects."""
+    """Exit after a signal, with the exit code that shells expect: 128 + its number."""
     log.close()
     tqdm.write(f"{log.folder}: stopped. {how_to_resume(log.folder)}")
     sys.exit(128 + signal_number)
@@ -201,35 +202,35 @@ def stop_run(log: RunLog, signal_number: int) -> None:
 
 @contextmanager
 def one_line_errors(run: Path, flags_for_less_memory: Callable[[], str]) -> Iterator[None]:
-    """Turn what ends a run early into an exit with one line that says why and what to do."""
+    """Turn an error that ends the run into an exit with one line: the reason, and what to do."""
     try:
         yield
         return
-    except Unhealthy as error:  # resuming would lead to the same end
+    except Unhealthy as error:  # a resumed run would end the same way
         sys.exit(f"main.py: {run}: {error}. {last_checkpoint(run)}")
     except RunError as error:
         problem = str(error)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        problem = f"out of GPU memory. To use a tenth less: {flags_for_less_memory()}"
+        problem = f"out of GPU memory. Flags that save a tenth: {flags_for_less_memory()}"
     except (OSError, checkpoint.CheckpointError) as error:
         problem = f"cannot be written: {error}"
     sys.exit(f"main.py: {run}: {problem}. {how_to_resume(run)}")
 
 
 def how_to_resume(run: Path) -> str:
-    """Return what to type after a run has ended early."""
+    """Return one sentence on how to continue a run that ended early."""
     saved = checkpoint.checkpoints_of(run)
     command = f"python main.py --resume {shlex.quote(str(run))}"
     if not saved:
-        return f"No checkpoint yet: {command} starts the run again"
+        return f"No checkpoint has been saved yet. To start over: {command}"
     if not checkpoint.has_optimizer(saved[-1]):
-        return f"{last_checkpoint(run)}, from which a new run can start (--model)"
+        return f"{last_checkpoint(run)}. A new run can start from it (--model)"
     return f"{last_checkpoint(run)}. To resume: {command}"
 
 
 def last_checkpoint(run: Path) -> str:
-    """Return which checkpoint is the last one, in a few words."""
+    """Return a phrase that names the last checkpoint."""
     saved = checkpoint.checkpoints_of(run)
-    return f"Last checkpoint: {saved[-1]}" if saved else "There is no checkpoint"
+    return f"Last checkpoint: {saved[-1]}" if saved else "No checkpoint has been saved"

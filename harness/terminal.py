@@ -1,8 +1,8 @@
-"""Output that never decides over the work: what the terminal does not take is dropped.
+"""Terminal output that never stops a run: text that cannot be written is dropped.
 
-The reader of a pipe may be gone (`| head`, Ctrl-C under `| tee`), a terminal closed, the disk
-behind `> log` full, a character unknown to the encoding. None of that may end a run. Of the files
-that a command writes, each fails alone.
+The reader of a pipe may be gone (`| head`, Ctrl-C under `| tee`), the terminal closed, the disk
+behind `> log` full, or a character missing from the encoding. None of these may end a run. If a
+command cannot write one of its files, it still writes the others.
 """
 
 import io
@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def never_fail() -> None:
-    """Give this process a stdout and a stderr that drop what cannot be written.
+def ignore_output_errors() -> None:
+    """Replace this process's stdout and stderr by streams that drop text they cannot write.
 
-    Characters that the encoding lacks are escaped. Each line is written at once, so that `tail -f`
-    shows it. Streams that are not the process's own (a notebook's, a test's) are left alone.
+    They escape characters that the encoding lacks, and flush each line, so that `tail -f` shows
+    it. Streams that are not the process's own (a notebook's, a test's) stay as they are.
     """
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is getattr(sys, f"__{name}__"):
@@ -25,22 +25,22 @@ def never_fail() -> None:
 
 
 def replacement(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapper:
-    """Return a stream on a descriptor that writes what `stream` would, and never raises."""
-    if stream is None:  # closed by the shell (`>&-`): the next file opened would take its number
-        reserve(descriptor)
+    """Return a stream on `descriptor` that has the encoding of `stream` and never raises."""
+    if stream is None:  # closed by the shell (`>&-`): the next file opened would get its number
+        open_on_devnull(descriptor)
     else:
         with suppress(OSError):
             stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(Droppable(descriptor, "wb", closefd=False)),
+        io.BufferedWriter(BestEffortFile(descriptor, "wb", closefd=False)),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
         line_buffering=True,
     )
 
 
-def reserve(descriptor: int) -> None:
-    """Send a descriptor that is closed to nowhere; one that is in use is left alone."""
+def open_on_devnull(descriptor: int) -> None:
+    """Open a closed descriptor on /dev/null; leave an open one alone."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -50,11 +50,11 @@ def reserve(descriptor: int) -> None:
             os.close(nowhere)
 
 
-class Droppable(io.FileIO):
-    """A file that takes everything, and loses what cannot be written."""
+class BestEffortFile(io.FileIO):
+    """A file that accepts all data and drops data that it cannot write."""
 
     def write(self, data) -> int:
-        """Write, or drop, the data; return its length."""
+        """Write the data, or drop them; return their length."""
         try:
             written = super().write(data)
         except OSError:
@@ -66,16 +66,16 @@ class Droppable(io.FileIO):
 
 
 def check_folder(flag: str, folder: Path) -> None:
-    """Raise `ValueError` unless files can be written to the folder that a flag names."""
+    """Raise `ValueError` unless the folder that a flag names is writable."""
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
         raise ValueError(f"{flag} {folder}: must be a folder that can be written to")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> bool:
-    """Write a file, or say in one line why it cannot be; return whether it is written."""
+    """Write a file, or print in one line why that failed; return whether it was written."""
     try:
         write(path)
-    except Exception as error:  # of the disk, or of a matplotlib style that the user has set
+    except Exception as error:  # from the disk, or from a matplotlib style that the user has set
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         first_line = reason.strip().partition("\n")[0]
         print(" ".join(f"{path}: cannot be written: {first_line}".split()), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A small random Qwen2.5-VL in fp64, and stock transformers as the reference beside it."""
+"""Fixtures: a small random Qwen2.5-VL in fp64, and stock transformers as the reference for it."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ from rewards import SYSTEM_MESSAGE, make_prompt
 from shapes import ShapeSpec, make_example
 
 os.environ["OMP_NUM_THREADS"] = (
-    "1"  # of each process that a test starts, and of each that runs tests
+    "1"  # for every process that a test starts; the next line is for this one
 )
 torch.set_num_threads(1)
 
@@ -29,17 +29,17 @@ TINY = str(ROOT / "tiny")
 
 
 def config_of(*flags: str) -> Config:
-    """The options of a command line."""
+    """Return the options of a command line."""
     return make_config(make_parser().parse_args(flags))
 
 
 def rms_norm(self, x):
-    """The formula without the rounding to fp32 inside, which would hide what fp64 can show."""
+    """Return the RMS norm without transformers' cast to fp32, which would hide fp64 differences."""
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 def rotate_vision(q, k, cos, sin):
-    """Likewise: transformers rotates the vision tower's queries and keys in fp32."""
+    """Return q and k rotated in fp64; transformers rotates those of the vision tower in fp32."""
     cos, sin = cos.unsqueeze(-2).double(), sin.unsqueeze(-2).double()
     half = modeling_qwen2_5_vl.rotate_half
     return tuple((x * cos + half(x) * sin).to(x.dtype) for x in (q, k))
@@ -52,7 +52,7 @@ def processor():
 
 @pytest.fixture
 def model(processor, monkeypatch):
-    """Two layers, random weights large enough for attention, images and positions to matter."""
+    """A two-layer model with weights so large that attention, images and positions matter."""
     monkeypatch.setattr(modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm, "forward", rms_norm)
     monkeypatch.setattr(modeling_qwen2_5_vl, "apply_rotary_pos_emb_vision", rotate_vision)
     config = AutoConfig.from_pretrained(TINY)
@@ -79,7 +79,7 @@ def model(processor, monkeypatch):
 
 @pytest.fixture
 def compiled_layer():
-    """A decoder layer as one graph, as on a GPU, run by the same operations as without."""
+    """A decoder layer traced to one graph, as on a GPU, but run by the same eager operations."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     return torch.compile(call_layer, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -91,7 +91,7 @@ def compiled_graphs() -> int:
 
 @pytest.fixture
 def file_size_limit():
-    """A disk that fills up: no file may grow beyond so many bytes in the block."""
+    """A context that simulates a full disk: within it, no file may exceed `size` bytes."""
 
     @contextmanager
     def limit(size: int):
@@ -112,7 +112,7 @@ def loaded(model, processor):
 
 @pytest.fixture
 def prompts(processor) -> Prompts:
-    """Three prompts with three different images, pixel values in fp64."""
+    """Three prompts with three different images."""
     return make_prompts(processor, 3)
 
 
@@ -125,7 +125,7 @@ def make_prompts(processor, count: int) -> Prompts:
 
 
 def stock(model):
-    """A copy of the model as transformers would load it, with attention of its own."""
+    """Return a copy of the model as transformers would load it, with stock attention."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("sdpa")
     twin.model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d
@@ -133,7 +133,7 @@ def stock(model):
 
 
 def stock_inputs(prompts: Prompts, ids, mask) -> dict:
-    """What a plain user of transformers passes: every prompt and image repeated G times."""
+    """Return the inputs that a plain user of transformers passes: prompts and images repeated."""
     group_size = len(ids) // len(prompts)
 
     def rows(tensor):
@@ -150,10 +150,10 @@ def stock_inputs(prompts: Prompts, ids, mask) -> dict:
 
 
 def stock_logits(twin, prompts: Prompts, ids, mask):
-    """Logits (B, P + C, V) by transformers' own layers on plain repeats of prompts and images.
+    """Return logits (B, P + C, V) from transformers' own layers on repeated prompts and images.
 
-    Word and image embeddings are joined here, because transformers takes every image token for an
-    image's place and so refuses one that was sampled. For all others it gives the same
+    Joins text and image embeddings itself: transformers treats every image token as the place of
+    an image, and so refuses a sampled one. For all other tokens its forward gives the same logits
     (`test_the_reference_is_transformers_forward`).
     """
     inputs = stock_inputs(prompts, ids, mask)
@@ -176,7 +176,7 @@ def stock_logits(twin, prompts: Prompts, ids, mask):
 
 
 def stock_logprobs(twin, prompts: Prompts, ids, mask, temperature: float):
-    """Log-probs (B, C) of the completions by transformers' own layers; zero off the mask."""
+    """Return log-probs (B, C) of the completions from transformers' own layers; 0 off the mask."""
     first = prompts.input_ids.shape[1] - 1
     logits = stock_logits(twin, prompts, ids, mask)[:, first:-1]
     logprobs = (logits / temperature).log_softmax(-1)
@@ -184,7 +184,7 @@ def stock_logprobs(twin, prompts: Prompts, ids, mask, temperature: float):
 
 
 def random_completions(prompts: Prompts, *, group_size: int = 2, seed: int = 0):
-    """Ragged completions of 1 to 9 tokens, right-padded: ids and mask, (B, 9)."""
+    """Return ids and mask, (B, 9), of ragged right-padded completions of 1 to 9 tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows = len(prompts) * group_size
     lengths = torch.randint(1, 10, (rows,), generator=generator)
@@ -195,7 +195,7 @@ def random_completions(prompts: Prompts, *, group_size: int = 2, seed: int = 0):
 
 
 def scored(model, prompts: Prompts, ids, mask, *, temperature: float = 1.0, **options):
-    """Log-probs (B, C) of the completions by the project's own pass."""
+    """Return log-probs (B, C) of the completions from the project's own pass."""
     lengths = mask.sum(1).tolist()
     options["temperature"] = temperature
     return completion_logprobs(model, prompts, ids, lengths, **options)[0]

@@ -1,14 +1,14 @@
-"""A GPU that computes nothing: its tensors have shapes, strides and dtypes, and no values.
+"""A GPU that computes nothing: its tensors have shapes, strides and dtypes, but no values.
 
-Within `PretendedGPU()` the code that a GPU runs is run to its end, on any machine and at any size:
-what stays on the host is computed, what goes to device cuda is a tensor on torch's meta device that
-says it is elsewhere. Noted are
+Within `PretendedGPU()`, the GPU code path runs to its end on any machine and at any size. Host
+tensors are computed as usual; tensors on device cuda are on torch's meta device, but say cuda. The
+pretended GPU records
 
-    reads      where the host waits for a value of the device, with the line of the project
-    allocated  bytes on the device, now and at the peak, with what kernels take for themselves
+    reads      the project's lines where the host waits for a value from the device
+    allocated  bytes on the device, now and at the peak, with the workspace of kernels
 
-and refused is what a GPU refuses: tensors of both sides in one operation, a batch that cannot be
-pinned, a read while a CUDA graph is recorded. Sources of what a GPU does stand beside each.
+and refuses what a GPU refuses: an operation on host and device tensors, a batch that cannot be
+pinned, a read while a CUDA graph is being captured. Each function cites the source it imitates.
 """
 
 import sys
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 META, GPU = torch.device("meta"), torch.device("cuda", 0)
 aten = torch.ops.aten
-READS_A_SHAPE = {  # operators that must know values to know the shape of their result
+READS_A_SHAPE = {  # operators whose result's shape depends on values
     aten.nonzero.default,
     aten.masked_select.default,
     aten._unique2.default,
@@ -52,7 +52,7 @@ INDEXED = {
     aten._index_put_impl_.default,
 }
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default}
-FAST_FORMS = {  # all that is checked before it is trusted
+FAST_FORMS = {  # every fast path that is verified before its first use
     sampling.COMPILED,
     sampling.CAPTURED,
     attention.FLASH,
@@ -64,7 +64,7 @@ TRANSFERS = {aten.copy_.default, aten._to_copy.default}
 
 
 class DeviceTensor(torch.Tensor):
-    """A meta tensor that says it is on the GPU, except to the kernels that work out its shape."""
+    """A meta tensor that says it is on the GPU, except to the meta kernels that infer shapes."""
 
     in_kernel = False
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -95,30 +95,30 @@ class DeviceTensor(torch.Tensor):
 
 @dataclass
 class PretendedGPU:
-    """A context manager: within it device cuda is there, with so many GiB.
+    """A context manager, within which device cuda exists and has `gib` GiB.
 
-    What the host reads is `length`, 0.0 or True; False where rows are asked whether they have
-    all finished, unless `rows_finish`.
+    The host reads integers as `length`, floats as 0.0, and a single bool as True, those of a whole
+    tensor as False. Unless `rows_finish`, `finished.all()` reads as False.
     """
 
     gib: float = 140
-    context_gib: float = 1.0  # what the CUDA context and its libraries take
+    context_gib: float = 1.0  # memory of the CUDA context and its libraries
     rows_finish: bool = True
     length: int = 7  # what integers are read as
-    lengths: list[int] = field(default_factory=list)  # and a row of so many of them
+    lengths: list[int] = field(default_factory=list)  # what a row of that many integers is read as
     reads: Counter = field(default_factory=Counter)  # (file, statement) -> times
     allocated: int = 0
     peak: int = 0
     live: dict = field(default_factory=dict)  # storage -> (bytes, number)
-    history: list = field(default_factory=list)  # (number, bytes): made; (-number, bytes): freed
-    uploads: Counter = field(default_factory=Counter)  # the same, to the device, the host waiting
-    recording: bool = False
+    history: list = field(default_factory=list)  # (number, bytes): new; (-number, bytes): freed
+    uploads: Counter = field(default_factory=Counter)  # blocking copies to the device, as `reads`
+    capturing: bool = False
     wants_meta: bool = False
 
     def __enter__(self) -> "PretendedGPU":
         self.stack = ExitStack()
         self.stack.callback(torch.backends.cuda.enable_cudnn_sdp, False)
-        torch.backends.cuda.enable_cudnn_sdp(True)  # as torch comes
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default
         for patch in patches(self):
             self.stack.enter_context(patch)
         self.stack.enter_context(FunctionMode(self))
@@ -128,10 +128,10 @@ class PretendedGPU:
     def __exit__(self, *_) -> None:
         self.stack.close()
 
-    # --- what is asked --------------------------------------------------------------------
+    # --- queries --------------------------------------------------------------------------
 
     def free(self, device=None) -> tuple[int, int]:
-        """As torch.cuda.mem_get_info."""
+        """Return free and total bytes, like torch.cuda.mem_get_info."""
         total = int(self.gib * GIB)
         return total - int(self.context_gib * GIB) - self.allocated, total
 
@@ -139,19 +139,19 @@ class PretendedGPU:
         self.peak = self.allocated
 
     def unmarked_reads(self) -> list[str]:
-        """The project's statements that read from the device and do not say so."""
+        """Return the project's statements that read from the device without saying so."""
         return [text for _, text in self.reads if "host sync" not in text]
 
-    # --- what is noted --------------------------------------------------------------------
+    # --- records --------------------------------------------------------------------------
 
     def read(self, tensor: torch.Tensor) -> None:
-        """The host has asked for values."""
-        if self.recording:
+        """Record that the host waits for values."""
+        if self.capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.reads[statement()] += 1
 
     def upload(self, non_blocking: bool = False) -> None:
-        """The host has sent values."""
+        """Record that the host sends values, if it waits for the copy."""
         if not non_blocking:
             self.uploads[statement()] += 1
 
@@ -161,7 +161,7 @@ class PretendedGPU:
         return 0.0 if tensor.dtype.is_floating_point else self.length
 
     def values(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """What the host gets of a tensor, in one of its own."""
+        """Return a host tensor with the values that the host reads."""
         dtype = dtype or tensor.dtype
         integers = not (dtype.is_floating_point or dtype == torch.bool)
         if integers and tensor.shape == (len(self.lengths),):
@@ -169,7 +169,7 @@ class PretendedGPU:
         return torch.full(tuple(tensor.shape), self.length * integers, dtype=dtype)
 
     def on_host(self, thing):
-        """The same with all tensors on the host, for what writes files."""
+        """Return `thing` with all its tensors on the host, for code that writes files."""
         return tree_map(lambda x: self.values(x) if isinstance(x, DeviceTensor) else x, thing)
 
     def hold(self, tensor: "DeviceTensor") -> None:
@@ -193,17 +193,17 @@ class PretendedGPU:
             self.history.append((-number, size))
 
     def pass_by(self, size: int) -> None:
-        """Count what a kernel takes for itself while it runs."""
+        """Count the workspace that a kernel allocates while it runs."""
         number = len(self.history) + 1
         self.history += [(number, size), (-number, size)]
         self.peak = max(self.peak, self.allocated + size)
 
 
-# --- how it is done ---------------------------------------------------------------------------
+# --- dispatch ---------------------------------------------------------------------------------
 
 
 class FunctionMode(TorchFunctionMode):
-    """Sends what asks for device cuda to meta."""
+    """Redirects calls that ask for device cuda to meta."""
 
     def __init__(self, gpu: PretendedGPU) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class FunctionMode(TorchFunctionMode):
         if isinstance(wanted, (str, torch.device)):
             kwargs["device"] = elsewhere(wanted)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META != wanted:
-            return func(*args, **kwargs | {"device": "cpu"}).to(META)  # values: made on the host
+            return func(*args, **kwargs | {"device": "cpu"}).to(META)  # values are from the host
         generator = kwargs.get("generator")
         if generator is not None and isinstance(args[0], DeviceTensor) != generator.of_the_gpu:
             raise RuntimeError(f"{func}: expected a generator of the tensor's device")
@@ -232,13 +232,13 @@ class FunctionMode(TorchFunctionMode):
 
 
 def elsewhere(device: str | torch.device) -> torch.device:
-    """Meta for the GPU, itself for any other."""
+    """Return meta for the GPU, and any other device as it is."""
     device = torch.device(device)
     return META if device.type == "cuda" else device
 
 
 class DispatchMode(TorchDispatchMode):
-    """Runs operators on shapes if they are the GPU's, on values if they are the host's."""
+    """Runs operators on shapes only if a tensor is on the GPU, and on values otherwise."""
 
     def __init__(self, gpu: PretendedGPU) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ class DispatchMode(TorchDispatchMode):
         return self.kept(out)
 
     def kept(self, out):
-        """Results as tensors of the GPU, their memory counted."""
+        """Return results as GPU tensors, with their memory counted."""
         if isinstance(out, (list, tuple)):
             return type(out)(self.kept(each) for each in out)
         if isinstance(out, torch.Tensor):
@@ -296,11 +296,11 @@ class DispatchMode(TorchDispatchMode):
         return out
 
 
-SHAPES = {}  # operator and what its arguments look like -> what its results look like
+SHAPES = {}  # (operator, looks of its arguments) -> looks of its results
 
 
 class Look(NamedTuple):
-    """All that a kernel's result has on the meta device."""
+    """All that the meta device knows of a tensor."""
 
     size: tuple[int, ...]
     strides: tuple[int, ...]
@@ -308,8 +308,10 @@ class Look(NamedTuple):
 
 
 def of_shape(func, args, kwargs, tensors):
-    """The results of an operator on meta tensors: what a model's layers ask for again and again is
-    worked out once."""
+    """Return the results of an operator on meta tensors.
+
+    Caches the shapes, because a model's layers ask for the same ones again and again.
+    """
     key = None
     if not (func.is_view or func._schema.is_mutable):
         key = (func, looks(args), looks(kwargs.values()))
@@ -323,7 +325,7 @@ def of_shape(func, args, kwargs, tensors):
 
 
 def is_new_memory(out, tensors) -> bool:
-    """Whether all results are tensors, and none shares memory with an argument."""
+    """Return whether all results are tensors, and none shares memory with an argument."""
     results = out if isinstance(out, (tuple, list)) else (out,)
     known = {tensor.untyped_storage()._cdata for tensor in tensors}
     return all(
@@ -332,19 +334,19 @@ def is_new_memory(out, tensors) -> bool:
 
 
 def looks(arguments) -> tuple:
-    """What each argument looks like."""
+    """Return the look of each argument."""
     return tuple(look(argument) for argument in arguments)
 
 
 def look(x):
-    """Of a tensor what matters, of all else its type as well: 1 and True are not the same."""
+    """Return a hashable form of an argument; it includes the type, since 1 == True."""
     if isinstance(x, torch.Tensor):
         return Look(tuple(x.shape), x.stride(), x.dtype)
     return looks(x) if isinstance(x, (list, tuple)) else (type(x), x)
 
 
 def made(look):
-    """Meta tensors that look like that."""
+    """Return meta tensors with this look."""
     if isinstance(look, Look):
         return torch.empty_strided(look.size, look.strides, dtype=look.dtype, device=META)
     return tuple(made(each) for each in look)
@@ -360,7 +362,7 @@ def shown_as_meta():
 
 
 def tensors_in(arguments) -> list[torch.Tensor]:
-    """The tensors among an operator's arguments, also those in its lists."""
+    """Return the tensors among an operator's arguments, including those in lists."""
     found = []
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
@@ -375,7 +377,7 @@ def has_mask(indices) -> bool:
 
 
 def statement() -> tuple[str, str]:
-    """File and text of the project's innermost statement that is running."""
+    """Return file name and text of the project's innermost running statement."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -387,7 +389,7 @@ def statement() -> tuple[str, str]:
 
 
 def is_the_projects(path: Path) -> bool:
-    """Whether a file is one of the project's own, wherever its environment is."""
+    """Return whether a file is the project's own, even if the environment is in its folder."""
     installed = "site-packages" in path.parts
     return path.is_relative_to(ROOT) and not installed and path != Path(__file__)
 
@@ -398,23 +400,22 @@ def lines_of(frame) -> tuple[int, int]:
 
 
 class LowerRight(tuple):
-    """In place of torch.nn.attention.bias.CausalBias: a mask by name, (C, P + C)."""
+    """Stands in for torch.nn.attention.bias.CausalBias: a mask by name, (C, P + C)."""
 
 
 def attend(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
-    """The kernel that torch picks on a GPU without cuDNN's: aten's sdp_utils.cpp.
+    """Return attention by the kernel that torch picks on a GPU (aten's sdp_utils.cpp).
 
-    With cuDNN's it would be another one: `fastpath.prepare_gpu` has not been called.
-
-    Flash attention without a mask, and with the lower-right one that torch knows by name; with any
-    other mask the memory-efficient kernel, which knows no shared key heads.
+    That is flash attention without a mask or with torch's named lower-right mask, and the
+    memory-efficient kernel with any other mask; the latter has no shared key heads. Raises
+    `RuntimeError` if cuDNN's kernel is on: then nothing called `fastpath.prepare_gpu`.
     """
     if torch.backends.cuda.cudnn_sdp_enabled():
         raise RuntimeError("attention by cuDNN")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     inputs, causal = (query, key, value), is_causal or isinstance(attn_mask, LowerRight)
     if isinstance(attn_mask, LowerRight) and query.dtype == torch.float32:
-        raise RuntimeError("flash attention knows no fp32: torch would write out all scores")
+        raise RuntimeError("flash attention has no fp32: torch would write out all scores")
     if attn_mask is None or isinstance(attn_mask, LowerRight):
         return aten._scaled_dot_product_flash_attention(*inputs, 0.0, causal, scale=scale)[0]
     if key.shape[1] != query.shape[1]:
@@ -428,11 +429,12 @@ def attend(query, key, value, attn_mask=None, is_causal=False, scale=None, **_):
 
 
 def hidden_bytes(func, args) -> int:
-    """What a kernel allocates beside its results.
+    """Return the bytes that a kernel allocates besides its results.
 
-    logsumexp makes `self - max` and its exponentials (ReduceOps.cpp). Flash attention sums the
-    gradient of the queries in fp32, rows rounded up to 128, and has keys' and values' gradients for
-    all query heads before it adds those that share one (flash_api.cpp, mha_bwd).
+    logsumexp allocates `self - max` and its exponentials (ReduceOps.cpp). Flash attention
+    accumulates the gradient of the queries in fp32, with rows rounded up to 128, and holds key and
+    value gradients for all query heads before it sums over those that share a key head
+    (flash_api.cpp, mha_bwd).
     """
     if func is aten.logsumexp.default:
         return 2 * args[0].numel() * args[0].element_size()
@@ -449,7 +451,7 @@ def hidden_bytes(func, args) -> int:
 
 
 def of_cuda(gpu: PretendedGPU) -> dict:
-    """What torch.cuda does."""
+    """Return the replacements for functions of torch.cuda."""
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -467,12 +469,12 @@ def of_cuda(gpu: PretendedGPU) -> dict:
         "set_stream": lambda stream: None,
         "graph_pool_handle": lambda: (0, 1),
         "CUDAGraph": Graph,
-        "graph": lambda graph, **options: recording(gpu),
+        "graph": lambda graph, **options: capturing(gpu),
     }
 
 
 def patches(gpu: PretendedGPU) -> list:
-    """All of torch that is another one while there is a pretended GPU."""
+    """Return all patches that are in force while there is a pretended GPU."""
     accelerator = {
         "is_available": lambda: True,
         "current_accelerator": lambda *_, **__: torch.device("cuda"),
@@ -487,7 +489,7 @@ def patches(gpu: PretendedGPU) -> list:
         return (attend if query.is_cuda else stock_attention)(query, *arguments, **options)
 
     return [
-        # Module.to changes parameters as it does between CPU and GPU: tied ones stay tied
+        # Module.to swaps parameters, as between CPU and GPU, so that tied ones stay tied
         mock.patch.object(torch.__future__, "_swap_module_params_on_conversion", True),
         mock.patch.object(F, "scaled_dot_product_attention", attention_of),
         mock.patch.multiple(torch.cuda, **of_cuda(gpu)),
@@ -515,23 +517,23 @@ def patches(gpu: PretendedGPU) -> list:
 
 
 class Graph:
-    """A CUDA graph: replayed, it computes what it computed before, which here is nothing."""
+    """A CUDA graph; its replay computes nothing, like everything here."""
 
     def replay(self) -> None:
         pass
 
 
 @contextmanager
-def recording(gpu: PretendedGPU):
-    gpu.recording = True
+def capturing(gpu: PretendedGPU):
+    gpu.capturing = True
     try:
         yield
     finally:
-        gpu.recording = False
+        gpu.capturing = False
 
 
 class HostGenerator(torch.Generator):
-    """Random numbers for any device: what they make on the GPU has no values."""
+    """A host generator that accepts any device; on the GPU its numbers have no values."""
 
     def __new__(cls, device="cpu"):
         made = super().__new__(cls, "cpu")
@@ -540,8 +542,11 @@ class HostGenerator(torch.Generator):
 
 
 def pin_memory(tensor: torch.Tensor, device=None) -> torch.Tensor:
-    """Pinned memory as aten's Memory.cpp makes it: a storage as large as the tensor's strides ask
-    for, to which the tensor is copied with these strides. A GPU is not needed to see it refuse."""
+    """Return the tensor in pinned memory, as aten's Memory.cpp makes it.
+
+    It allocates a storage of the size that the tensor's strides require, and copies the tensor to
+    it with these strides. So it refuses the same tensors as on a machine with a GPU.
+    """
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     elements = 1 + sum((size - 1) * stride for size, stride in strides) if tensor.numel() else 0
     storage = torch.UntypedStorage(elements * tensor.element_size())
@@ -551,15 +556,16 @@ def pin_memory(tensor: torch.Tensor, device=None) -> torch.Tensor:
 
 
 def reserved_bytes(history: list[tuple[int, int]], *, page: int = 20 * 2**20) -> int:
-    """The most that torch's allocator takes of the GPU for such a history, with its option
-    expandable_segments: one range that grows by pages, best fit, neighbours merge when freed.
+    """Return the peak of GPU memory that torch's allocator reserves for a history of allocations.
 
-    A list of (start, size) of what is free, by size; the range ends where the last block ends.
+    Simulates expandable_segments: one range that grows by pages, best fit, and neighbors that
+    merge when freed. `free` lists the free blocks as (size, start), sorted; `end` is the end of
+    the range.
     """
     free, starts, ends, held, end = [], {}, {}, {}, 0  # starts, ends: of the free blocks
 
     def put(start: int, size: int) -> None:
-        if start in ends:  # merge with the neighbour below
+        if start in ends:  # merge with the neighbor below
             below = ends.pop(start)
             take(below, start - below)
             start, size = below, size + start - below

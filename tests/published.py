@@ -1,7 +1,7 @@
-"""Facts about Qwen/Qwen2.5-VL-7B-Instruct as the hub has it, and tiny/ laid out like it.
+"""Facts about Qwen/Qwen2.5-VL-7B-Instruct as published on the hub, and tiny/ in the same layout.
 
-tiny/ was saved by transformers 5, and what reads the published files may not read that: tests that
-compare with tiny/ alone cannot see it.
+transformers 5 saved tiny/, and programs that read the published layout may not read that one.
+Tests that compare with tiny/ alone cannot see this.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from conftest import TINY
 
 REVISION = "cc594898137f460bfe9f0759e9844b3ce807cfb5"  # of 6 April 2025
-FILES = {  # beside the weights, which bring an index: their git blobs
+FILES = {  # all but the weights and their index: git blob hashes
     "chat_template.json": "732bd68bc5427d1fb6c06a59b3bf2456b2155d24",
     "config.json": "58ee12a9fb3d8708a1e41e49cb9aa5ac5017b6a6",
     "generation_config.json": "1088c9865dbf2e8152485664bb07495e89a14efb",
@@ -24,8 +24,8 @@ FILES = {  # beside the weights, which bring an index: their git blobs
 }
 TENSORS, BYTES = 729, 16_584_333_312  # in model.safetensors.index.json
 NAMES_SHA256 = "2b0ec84ab006b3dda8ecab8873412eab84244d3e6e5a257b5181a3454f139fc0"  # sorted lines
-PROMPT_TOKENS = {"reasoning": 193, "think": 191}  # of a picture of 224 pixels: 64 of them visual
-PROMPT_SHA256 = "7237f909181c7a9c"  # begins so, of the two texts that were counted
+PROMPT_TOKENS = {"reasoning": 193, "think": 191}  # with a 224-pixel image: 64 of them are visual
+PROMPT_SHA256 = "7237f909181c7a9c"  # first digits, of the two texts whose tokens were counted
 GENERATION = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.000001}
 PREPROCESSOR = {
     "min_pixels": 3136,
@@ -46,7 +46,7 @@ IDS = ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_
 
 
 def tensor_names() -> list[str]:
-    """The names of the 7B model's weights in its files."""
+    """Return the names of the 7B model's weights, as in its files."""
     projections = [f"self_attn.{name}_proj" for name in "qkv"]
     layer = [f"{name}.{kind}" for name in projections for kind in ("weight", "bias")]
     layer += ["self_attn.o_proj.weight", "input_layernorm.weight"]
@@ -64,7 +64,7 @@ def tensor_names() -> list[str]:
 
 
 def published_layout(folder: Path) -> Path:
-    """Make a folder with tiny's weights and vocabulary in the files that the hub has."""
+    """Create a folder with tiny's weights and vocabulary in the published layout; return it."""
     tiny = Path(TINY)
     folder.mkdir(parents=True)
     for name in ("model.safetensors", "tokenizer.json"):
@@ -91,7 +91,7 @@ def read(name: str) -> dict:
 
 
 def published_config(ours: dict) -> dict:
-    """Tiny's config.json in the 4.x form: flat, with the rotary options apart."""
+    """Return tiny's config.json in the 4.x form: flat, with the RoPE options apart."""
     text, rope = ours["text_config"], ours["text_config"]["rope_parameters"]
     vision = {key: ours["vision_config"][key] for key in ours["vision_config"] if "rope" not in key}
     vision["in_chans"] = vision.pop("in_channels")
@@ -111,7 +111,7 @@ def published_config(ours: dict) -> dict:
 
 
 def published_tokenizer(ours: dict, template: str) -> dict:
-    """A tokenizer_config.json in the 4.x form, with the added tokens of tiny's tokenizer.json."""
+    """Return a 4.x tokenizer_config.json with the added tokens of tiny's tokenizer.json."""
     return {
         "add_prefix_space": False,
         "added_tokens_decoder": {str(token.pop("id")): token for token in ours["added_tokens"]},

@@ -1,4 +1,4 @@
-"""benchmarks/: that they run, at toy size. What they measure is no matter of a test."""
+"""benchmarks/: they run, at toy size. The tests check no measurement."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from pretended_gpu import FAST_FORMS, PretendedGPU
 from engine import fastpath
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
+sys.path.append(str(ROOT / "benchmarks"))  # last, because it has a memory.py too
 
 import gpu as gpu_benchmark  # noqa: E402
 import growth  # noqa: E402
@@ -32,7 +32,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture
 def once(monkeypatch):
-    """What is timed is done once, and no forms have been checked before."""
+    """Run timed work only once, and forget all earlier checks of fast paths."""
 
     def milliseconds(self, work, repeats=5):
         work()
@@ -47,13 +47,13 @@ def test_the_gpu_benchmark_runs_on_a_cpu(once, capsys):
     text = capsys.readouterr().out
     for number in range(10):
         assert f"{number}. " in text
-    assert "toy size: no numbers" in text
+    assert "toy size: no real timings" in text
     assert "the same seed repeats: True, another differs: True" in text
 
 
 @pytest.mark.parametrize("run", ["7b", "7b-adapters"])
 def test_the_gpu_benchmark_prints_every_table_on_a_pretended_gpu(once, monkeypatch, capsys, run):
-    """At toy size, all forms trusted: a first call on a card does not end in a slip."""
+    """At toy size with every fast path verified, so that the first run on a card meets no typo."""
     rank = gpu_benchmark.RUNS[run][1]
     toy = replace(gpu_benchmark.toy_shape(), lora_rank=rank)
     monkeypatch.setattr(gpu_benchmark, "true_shape", lambda run: toy)
@@ -64,9 +64,9 @@ def test_the_gpu_benchmark_prints_every_table_on_a_pretended_gpu(once, monkeypat
     text = capsys.readouterr().out
     for number in range(10):
         assert f"{number}. " in text
-    assert "trusted: " in text
-    (trusted,) = {line for line in text.splitlines() if line.startswith("trusted: ")}
-    assert {name for name in FAST_FORMS if name in trusted} == FAST_FORMS - {fastpath.TRITON}
+    assert "verified: " in text
+    (verified,) = {line for line in text.splitlines() if line.startswith("verified: ")}
+    assert {name for name in FAST_FORMS if name in verified} == FAST_FORMS - {fastpath.TRITON}
     assert "nan" not in text
 
 
@@ -90,7 +90,7 @@ def test_the_floors_of_an_h200_by_hand():
     assert floors[gpu_benchmark.OPTIMIZER] == pytest.approx(34.7, rel=0.01)
 
 
-# --- the others -----------------------------------------------------------------------------
+# --- the other benchmarks -------------------------------------------------------------------
 
 
 def test_the_step_benchmark_measures_this_trainer():

@@ -1,4 +1,4 @@
-"""cold_start.py: its synthetic answers, and the tiny model it makes."""
+"""cold_start.py: its synthetic answers, and the tiny model that it trains."""
 
 from pathlib import Path
 
@@ -121,7 +121,7 @@ def test_nothing_is_left_where_nothing_is_saved(tmp_path, monkeypatch, flags, er
 def test_the_command_from_scratch_and_from_a_model(tmp_path):
     flags = ["--steps", "2", "--batch-size", "2", "--image-size", "84"]
     cold_start.main(["--from-scratch", "--out", str(tmp_path / "one"), *flags])
-    workers = ["--workers", "1"]  # the same plots and answers, made elsewhere
+    workers = ["--workers", "1"]  # the same plots and answers, made by another process
     cold_start.main(["--from-scratch", "--out", str(tmp_path / "same"), *flags, *workers])
     cold_start.main(["--model", str(tmp_path / "one"), "--out", str(tmp_path / "two"), *flags])
     one, same, two = (

@@ -1,4 +1,4 @@
-"""config.py: every option, and what the command line accepts of it."""
+"""config.py: every option, and the values that the command line accepts."""
 
 import dataclasses
 from pathlib import Path
@@ -12,8 +12,8 @@ from config import PRESETS, Config, make_parser
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_every_knob_is_in_the_help(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")  # no line breaks inside a default
+def test_every_option_is_in_the_help(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # so that no default is wrapped
     text = make_parser().format_help()
     for option in dataclasses.fields(Config):
         assert "--" + option.name.replace("_", "-") in text
@@ -30,9 +30,9 @@ def test_the_papers_defaults():
 
 
 def test_every_float_has_limits():
-    """What is too large for fp32 is told before the start, not by a traceback in the run."""
+    """Values too large for fp32 are refused at the start, not by a traceback during the run."""
     for option in dataclasses.fields(Config):
-        if option.type is float and option.name not in ("min_size", "max_size"):  # ShapeSpec knows
+        if option.type is float and option.name not in ("min_size", "max_size"):  # ShapeSpec checks
             with pytest.raises(ValueError, match="must be"):
                 config_of("--" + option.name.replace("_", "-"), "1e38")
 
@@ -73,8 +73,11 @@ def test_booleans_can_be_switched_both_ways():
         ("--clip-eps-high 1e300", "--clip-eps-high 1e+300: must be above 0 and at most 1,000"),
         ("--beta 1e300", "--beta 1e+300: must be at least 0 and at most 1,000"),
         ("--lr 1e30", "--lr 1e+30: must be above 0 and at most 1"),
-        ("--image-size 28", "--image-size 28: the model's image processor would make it 56 x 56"),
-        ("--preset tiny --image-size 1008", "would make it 980 x 980; it takes 3,136 to 1,003,520"),
+        ("--image-size 28", "--image-size 28: the model's image processor would resize it to 56 x"),
+        (
+            "--preset tiny --image-size 1008",
+            "would resize it to 980 x 980; it accepts 3,136 to 1,003,520 pixels",
+        ),
         ("--beta -1", "--beta -1.0: must be at least 0"),
         ("--clip-eps 2", "--clip-eps 2.0: must be above 0 and at most 1"),
         ("--loss ppo", "--loss"),
@@ -95,7 +98,7 @@ def test_booleans_can_be_switched_both_ways():
         ("--rotate False", "unrecognized arguments: False"),
         ("--learning-rate 1", "unrecognized arguments"),
         ("--model no/such/folder", "no such folder"),
-        (f"--model {ROOT / 'tests'}", "no readable model in this folder"),
+        (f"--model {ROOT / 'tests'}", "no config.json in this folder"),
     ],
 )
 def test_bad_input_is_one_line(flags, told, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""evaluate.py: the numbers by hand, the command on the bundled model."""
+"""evaluate.py: the numbers by hand, and the command on the bundled model."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def test_summary_by_hand():
 
 
 def test_wilson_interval_solves_its_equation():
-    """Its ends are where |hits/n - p| is 1.96 standard errors of p itself."""
+    """Each end p satisfies |hits/n - p| = 1.96 standard errors of p itself."""
     for hits, trials in ((0, 10), (3, 10), (10, 10), (77, 256)):
         low, high = wilson_interval(hits, trials)
         assert 0 <= low < high <= 1
@@ -112,7 +112,7 @@ def test_bad_input_is_one_line(arguments, capsys):
 
 @pytest.fixture
 def wide_run(tmp_path) -> Path:
-    """A run on another task, with its formula, whose final model is tiny/."""
+    """A run on another task, with another reward formula, whose final model is tiny/."""
     shutil.copytree(TINY, tmp_path / "run" / "final")
     shutil.copytree(TINY, tmp_path / "run" / "checkpoints" / "step-000002")
     flags = ["--rotate", "--min-size", "5", "--reasoning-tag", "think", "--correctness", "root"]
@@ -135,7 +135,7 @@ def test_a_model_in_a_run_is_asked_the_runs_own_task(wide_run, part, capsys, mon
     assert asked == {"image_size": 84, "seed": 7, "max_new_tokens": 48}
     assert numbers["run"] == str(wide_run)
     errors = [answer["reward"]["relative_error"] for answer in numbers["answers"]]
-    assert any(0 < error < 1 for error in errors)  # or all formulas would agree
+    assert any(0 < error < 1 for error in errors)  # otherwise all formulas would agree
     for answer in numbers["answers"]:
         error = answer["reward"]["relative_error"]
         assert answer["reward"]["area_correctness"] == pytest.approx(3 - 6 * error**0.5)
@@ -152,7 +152,7 @@ def test_turned_off_the_largest_turn_has_no_effect(wide_run, capsys):
 
 
 def test_a_model_outside_of_a_run_has_the_defaults(wide_run, monkeypatch):
-    """Also where the working folder is a run's, and the model elsewhere."""
+    """Even if the working folder is a run folder and the model lies elsewhere."""
     monkeypatch.chdir(wide_run)
     shutil.copytree(TINY, wide_run.parent / "model")
     for target in ("../model", "Qwen/Qwen2.5-VL-7B-Instruct"):
@@ -160,7 +160,7 @@ def test_a_model_outside_of_a_run_has_the_defaults(wide_run, monkeypatch):
 
 
 class Interrupted:
-    """Answers that end in the middle of the third."""
+    """Answers that end with an error in the third one."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -175,7 +175,7 @@ class Interrupted:
     ("error", "code", "told"),
     [
         (KeyboardInterrupt(), 130, "stopped after 2 of 9 answers"),
-        (torch.OutOfMemoryError("out of memory"), 2, "out of GPU memory; less is taken with"),
+        (torch.OutOfMemoryError("out of memory"), 2, "out of GPU memory (try a smaller"),
     ],
 )
 def test_answers_that_are_there_are_not_lost(tmp_path, monkeypatch, capsys, error, code, told):
@@ -192,11 +192,11 @@ def test_answers_that_are_there_are_not_lost(tmp_path, monkeypatch, capsys, erro
 
 
 def test_each_output_fails_alone(tmp_path, monkeypatch, capsys):
-    """The picture cannot be drawn, then the numbers cannot be written: all else is there."""
+    """First the plot fails, then the numbers: all other output is still written."""
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: iter([answered(xml("400.00"))]))
     path, picture = tmp_path / "numbers.json", tmp_path / "a$_^$b.png"
     evaluate.main([TINY, "--json", str(path), "--plot", str(picture)])
-    assert picture.exists()  # its title is no formula
+    assert picture.exists()  # its title is not parsed as a formula
     for name in ("plot_answers", "write_json"):
         with monkeypatch.context() as broken:
             broken.setattr(evaluate, name, lambda *_, **__: 1 / 0)

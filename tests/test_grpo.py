@@ -1,4 +1,4 @@
-"""grpo.py: by hand, by enumeration, and end to end on a small random model."""
+"""grpo.py: against numbers by hand, by enumeration, and end to end on a small random model."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ OPTIONS = {
 
 
 def collect(loaded, prompts, *, reward=None, temperature=0.8, divide_by_std=True) -> Rollout:
-    """A rollout of 3 prompts x 2 completions; by default a row's reward is its number."""
+    """Return a rollout of 3 prompts x 2 completions; a row's reward defaults to its number."""
     numbers = iter(range(100))
     reward = reward or (lambda text, q: next(numbers))
     return collect_rollout(
@@ -59,7 +59,7 @@ def collect(loaded, prompts, *, reward=None, temperature=0.8, divide_by_std=True
 
 
 def rollout_of(prompts, *, advantages=None, **tensors) -> Rollout:
-    """A rollout of random ragged completions, 2 a prompt, with given log-probs."""
+    """Return a rollout of random ragged completions, 2 per prompt, with the given tensors."""
     ids, mask = random_completions(prompts)
     generator = torch.Generator().manual_seed(5)
     if advantages is None:
@@ -104,7 +104,7 @@ def test_groups_do_not_see_each_other():
 def test_equal_rewards_give_exactly_zero():
     values = torch.linspace(-3, 4, 1000)[:, None].expand(-1, 7).contiguous()
     rounding = values - values.mean(1, keepdim=True)
-    assert rounding.abs().max() > 0  # else this would prove nothing
+    assert rounding.abs().max() > 0  # or the test would prove nothing
     assert not group_advantages(values).any()
     assert not group_advantages(values, divide_by_std=False).any()
     assert not has_spread(values).any()
@@ -156,7 +156,7 @@ def test_k3_by_hand_and_at_its_limits():
         (1.0, 2.0, -2.0, False),
         (1.1, 2.0, -2.2, False),
         (1.5, 2.0, -2.6, True),  # clipped at 1 + 0.3
-        (0.5, 2.0, -1.0, False),  # the worse of the two counts
+        (0.5, 2.0, -1.0, False),  # the minimum is the unclipped one
         (0.5, -2.0, 1.6, True),  # clipped at 1 - 0.2
         (1.5, -2.0, 3.0, False),
     ],
@@ -291,7 +291,7 @@ def test_micro_batches_give_the_gradient_of_one_batch(model, prompts, loss):
 
 
 def test_the_gradient_waits_for_nothing(model, prompts):
-    """On the meta device tensors have no values: whatever asks for one raises."""
+    """Tensors on the meta device have no values, so reading one raises."""
     rollout = rollout_of(prompts)
     tensors = {
         name: getattr(rollout, name).to("meta")
@@ -354,7 +354,7 @@ def test_a_loss_and_gradient_that_are_not_finite_are_named_and_change_nothing(lo
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_reward_that_is_not_finite_is_named_and_changes_nothing(loaded, prompts, value):
-    """Its group would get advantages of 0, or nan: the first would pass unseen."""
+    """Its group would get advantages of 0 or nan, and zeros would go unnoticed."""
     rollout = collect(loaded, prompts, reward=lambda text, q: value if q == 1 else len(text))
     rollout = replace(rollout, advantages=rollout.advantages.nan_to_num())
     assert_skipped(loaded, rollout, "reward")
@@ -371,12 +371,12 @@ NO_WORKSPACE = (
 
 
 def out_of_memory(times: int, work, error=OUT_OF_MEMORY):
-    """`work`, which first does half of it and fails so many times."""
+    """Return `work`, made to fail so many times from its second call on, and the list of calls."""
     seen = []
 
     def failing(model, part_prompts, ids, lengths, **options):
         seen.append((len(part_prompts), options.get("checkpoint_layers")))
-        if len(seen) in range(2, 2 + times):  # the second pass: the first has left a gradient
+        if len(seen) in range(2, 2 + times):  # by the second pass, the first has left a gradient
             raise error
         return work(model, part_prompts, ids, lengths, **options)
 
@@ -405,7 +405,7 @@ def test_when_memory_runs_out_smaller_passes_give_the_same_gradient(loaded, prom
 
 
 def test_memory_may_run_out_in_the_vision_tower(loaded, prompts):
-    """Then all is done again with what it kept: its part of the backward pass comes last."""
+    """Its backward pass comes last, so everything before it is repeated with the same features."""
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
     expected = update(loaded.policy, optimizer, collect(loaded, prompts), **OPTIONS)
     rollout, times = collect(loaded, prompts), iter([1])
@@ -437,7 +437,7 @@ def test_the_reference_is_scored_in_smaller_passes_too(loaded, prompts, monkeypa
 
 
 def failing_once(loaded, prompts, monkeypatch, error):
-    """The passes that are tried, and a call that scores the reference, whose second pass fails."""
+    """Return the list of attempted passes, and a reference scoring whose second pass fails."""
     failing, seen = out_of_memory(1, grpo.completion_logprobs, error)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
     rollout, options = collect(loaded, prompts), {"pass_size": PassSize(2), "temperature": 0.8}
@@ -448,7 +448,7 @@ def failing_once(loaded, prompts, monkeypatch, error):
 def test_a_library_without_room_for_its_workspace_is_out_of_memory(
     loaded, prompts, monkeypatch, error
 ):
-    """And a cache that cannot be emptied, as after a failed CUDA graph, is no reason to end."""
+    """A cache that cannot be emptied, as after a failed CUDA graph, does not end the run either."""
 
     def no_emptying():
         raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
@@ -471,8 +471,8 @@ def test_memory_that_runs_out_again_is_an_error(loaded, prompts, monkeypatch):
     rollout = collect(loaded, prompts)
     failing, _ = out_of_memory(3, grpo.completion_logprobs)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
-    told = pytest.warns(UserWarning, match="out of memory")
-    with told, pytest.raises(torch.OutOfMemoryError):
+    warned = pytest.warns(UserWarning, match="out of memory")
+    with warned, pytest.raises(torch.OutOfMemoryError):
         add_reference_logprobs(loaded.reference, rollout, pass_size=PassSize(2), temperature=0.8)
 
 
@@ -506,7 +506,7 @@ def test_the_reference_is_mixed_in_fp32():
 
 
 def test_kahan_adamw_on_bf16_follows_fp32_where_plain_adamw_does_not():
-    """100 steps at lr 1e-6 on weights of size 0.02: a plain bf16 weight cannot even move."""
+    """100 steps at lr 1e-6 on weights of size 0.02, where a plain bf16 weight cannot even move."""
     generator = torch.Generator().manual_seed(0)
     start = (0.02 * torch.randn(10_000, generator=generator)).bfloat16()
     drift = 0.3 * torch.randn(10_000, generator=generator)
@@ -529,7 +529,7 @@ def test_kahan_adamw_on_bf16_follows_fp32_where_plain_adamw_does_not():
     kahan = trained(lambda p: optimi.AdamW(p, **options), torch.bfloat16)
     plain = trained(lambda p: torch.optim.AdamW(p, **options), torch.bfloat16)
 
-    def progress(change):  # along fp32's path: 1 is all of it
+    def progress(change):  # projected on the fp32 change; 1: all of it
         return ((change * exact).sum() / exact.square().sum()).item()
 
     assert progress(kahan) == pytest.approx(1.0, abs=0.03)

@@ -1,4 +1,4 @@
-"""main.py: what a step is given, and a whole small run as a user would start it."""
+"""main.py: the inputs of a step, and whole small runs as a user would start them."""
 
 import ast
 import dataclasses
@@ -46,7 +46,7 @@ SMALL = [
 
 
 def test_every_option_is_read():
-    """Each name occurs as `config.name`, or by name in a call of `config.pick`."""
+    """Each field occurs as `config.name`, or by name in a call of `config.pick`."""
     tree = ast.parse("".join(map(inspect.getsource, (main, Config, workload_of))))
     read = set(main.UPDATE_OPTIONS)
     for node in ast.walk(tree):
@@ -58,7 +58,7 @@ def test_every_option_is_read():
 
 
 def test_a_step_lets_go_of_what_it_has_seen():
-    """The last step's activations of the vision tower would be in memory beside the next one's."""
+    """Otherwise the vision tower's activations of two steps would be in memory at once."""
     config = config_of(*SMALL, "--image-size", "84", "--max-new-tokens", "4")
     loaded = load(TINY, device="cpu", dtype="float32", reference=True)
     _, rollout, _ = main.take_step(
@@ -178,7 +178,7 @@ def test_a_whole_run(tmp_path):
 
 
 def check_what_servers_read(final: Path) -> None:
-    """Class, names of weights and files as in the checkpoint before, and nothing of our own."""
+    """Assert class, weight names and files like the original checkpoint's, and nothing of ours."""
     config = json.loads((final / "config.json").read_text())
     assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
     names, expected = (
@@ -229,10 +229,10 @@ def test_the_reference_follows_the_policy_when_asked(tmp_path):
     assert [line["kl"] for line in lines] == [0.0, 0.0, 0.0]
 
 
-# --- tools to watch a run with ------------------------------------------------------------
+# --- trackers -----------------------------------------------------------------------------
 
 
-def test_a_tool_is_shown_every_number_of_the_log(tmp_path):
+def test_a_tracker_gets_every_number_of_the_log(tmp_path):
     flags = [*SMALL, "--steps", "3", "--eval-every", "2", "--image-size", "84"]
     main.main([*flags, "--runs", str(tmp_path), "--name", "run", "--report-to", "tensorboard"])
     shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
@@ -247,7 +247,7 @@ def test_a_tool_is_shown_every_number_of_the_log(tmp_path):
             assert points == expected  # by steps done
 
 
-def test_a_tool_that_is_not_there_is_told(monkeypatch):
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("config.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--report-to wandb: needs that package: pip install wan"):
+    with pytest.raises(ValueError, match="--report-to wandb: needs its package: pip install wandb"):
         config_of("--report-to", "wandb")

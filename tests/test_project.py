@@ -1,4 +1,4 @@
-"""What holds for the project as a whole: who imports whom, and that examples in docstrings run."""
+"""The project as a whole: which file imports which, and doctests."""
 
 import ast
 import doctest
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {  # folder -> folders of the project that its files may import; "" is the top
+FOLDERS = {  # folder -> project folders that its files may import from; "" is the top
     "engine": {"engine"},
     "harness": {"engine", "harness"},
     "": {"", "engine", "harness"},
 }
 MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-LIGHT = ("rewards", "shapes", "plot_rewards", "report")  # read, and run, without torch
+LIGHT = ("rewards", "shapes", "plot_rewards", "report")  # must run without torch
 
 
 def name_of(path: Path) -> str:
@@ -25,7 +25,7 @@ def name_of(path: Path) -> str:
 
 
 def imported_by(path: Path) -> set[str]:
-    """The modules that a file imports, those of this project with their folder."""
+    """Return the modules that a file imports, those of this project with their folder."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def test_light_files_stay_light():
 
 
 def reached_from(name: str) -> set[str]:
-    """A module of the project, and all of the project's that its import imports."""
+    """Return a module and every project module that importing it imports."""
     return {name}.union(*(reached_from(other) for other in OWN[name]))
 
 
@@ -99,9 +99,9 @@ for command in ("main", "evaluate", "cold_start"):
 
 
 def test_windows_is_refused_in_one_line():
-    """Where this project's own files find no fcntl, no resource and no SIGHUP."""
+    """Windows is simulated: the project's own files find no fcntl, no resource and no SIGHUP."""
     done = subprocess.run(
         [sys.executable, "-c", WINDOWS, str(ROOT)], capture_output=True, text=True, check=True
     )
-    line = "This runs on Linux and macOS. On Windows: in WSL, which is a Linux\n"
+    line = "This program runs on Linux and macOS. On Windows, run it in WSL\n"
     assert (done.stdout, done.stderr) == (3 * line, "")

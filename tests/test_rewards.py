@@ -1,5 +1,5 @@
 """rewards.py: tables of texts, from well-behaved to hostile."""
-# ruff: noqa: RUF001 - these texts need the signs that look like others
+# ruff: noqa: RUF001 - these texts need ambiguous Unicode characters
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ def test_correctness_by_hand(predicted, expected):
 def test_other_shapes_of_the_area_reward(correctness, predicted, expected):
     reward = score(answer(predicted), 400.0, correctness=correctness)
     assert reward.area_correctness == pytest.approx(expected, abs=1e-4)
-    linear = score(answer(predicted), 400.0)  # all else is the same
+    linear = score(answer(predicted), 400.0)  # the rest must be equal
     assert dataclasses.replace(reward, area_correctness=linear.area_correctness) == linear
 
 
@@ -78,7 +78,7 @@ def test_a_shape_of_the_area_reward_that_is_not_known_is_refused():
         penalty(1.0, 1.0, correctness="cubic")
 
 
-READ = [  # what an answer says, and the number it is paid for
+READ = [  # text of the answer, number that is parsed
     ("400", 400.0),
     ("400.", 400.0),
     ("400.0", 400.0),
@@ -114,7 +114,7 @@ READ = [  # what an answer says, and the number it is paid for
     ("A rectangle with an area of 400", 400.0),
     ("400.00 is the area.", 400.0),
     ("I would say that it comes to some 400.00 in all", 400.0),
-    ("side = 400", 400.0),  # what it is called does not change it
+    ("side = 400", 400.0),  # the name does not matter
     ("Area=400.00", 400.0),
     ("area:400.00", 400.0),
     ("Area (in square units): 400", 400.0),
@@ -170,7 +170,7 @@ READ = [  # what an answer says, and the number it is paid for
     (r"\sqrt{400} \cdot 20 = 400", 400.0),
     (r"\approx400", 400.0),
     ("1{,}200.50", 1200.5),
-    # the result of a calculation
+    # results of calculations
     ("20*20=400.00", 400.0),
     ("20 x 20 = 400", 400.0),
     ("20X20=400", 400.0),
@@ -236,7 +236,7 @@ NOT_READ = [
     "(area)-400",
     "4{00}",
     r"4\text{00}",
-    # words and signs that change it
+    # words and signs that change the number
     "half of 400",
     "the square of 20",
     "the square root of 400",
@@ -303,7 +303,7 @@ NOT_READ = [
     "side = 20, area = 400",
     '{"area": 400, "side": 20}',
     "Figure 1: 400",
-    # not worked out
+    # not calculated
     "20^2",
     "20²",
     "20**2",
@@ -325,7 +325,7 @@ NOT_READ = [
     r"100\pi",
     r"4 \times 10^2",
     "20*20 =",
-    # no chain of calculations that ends in a number
+    # not a chain of calculations that ends in one number
     "400 = 400.00",
     "400=20*20",
     "400 = 500",
@@ -357,7 +357,7 @@ NOT_READ = [
     "20*20 => 400",
     r"area \neq 400",
 ]
-FOREIGN_DIGITS = [  # "400" in Arabic and in full-width digits, and others
+FOREIGN_DIGITS = [  # "400" in Arabic and in full-width digits, and similar
     "\u0664\u0660\u0660",
     "\uff14\uff10\uff10",
     "400\u0660",

@@ -1,4 +1,4 @@
-"""shapes.py: geometry by independent formulas, pictures by counting pixels."""
+"""shapes.py: geometry against independent formulas, pictures by counting pixels."""
 
 import math
 import os
@@ -25,7 +25,7 @@ from shapes import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-INLINE = "module://matplotlib_inline.backend_inline"  # what a notebook hands to `!python ...`
+INLINE = "module://matplotlib_inline.backend_inline"  # MPLBACKEND of `!python ...` in a notebook
 HOSTILE_RC = """
 axes.facecolor: black
 figure.facecolor: black
@@ -118,7 +118,7 @@ def test_an_example_is_a_function_of_seed_split_and_index():
 
     here = {"seed": 3, "split": "train", "index": 11}
     first = picture(**here)
-    picture(seed=0, split="eval", index=0)  # what was drawn in between leaves no trace
+    picture(seed=0, split="eval", index=0)  # an example in between leaves no trace
     assert picture(**here) == first
     for other in ({"seed": 4}, {"split": "eval"}, {"split": "cold_start"}, {"index": 12}):
         assert picture(**{**here, **other}) != first
@@ -143,7 +143,7 @@ def test_a_shape_that_cannot_be_drawn_leaves_no_trace_in_the_next():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_agree_with_the_area(kind):
-    """The edge is a line of some width: the mean of the area inside and with it is the area."""
+    """The outline has a width, so the area is the mean of the pixels inside it and up to it."""
     canvas = Canvas(896)
     empty = np.asarray(canvas.draw(Shape("square", 0, 0, (0, 0), ((-9, -9),) * 4, (1, 1, 1))))
     pixels_per_unit = 896 * shapes.AXES_BOX[2] / GRID
@@ -174,8 +174,8 @@ def test_image_size(image_size):
         ({"min_size": 20, "max_size": 21}, "at least 4 wide"),
         ({"max_size": 51}, "the grid is 50 x 50"),
         ({"max_size": float("inf")}, "the range is empty"),
-        ({"max_size": 40, "max_rotation": 45}, "can be 56.6 wide"),
-        ({"max_size": 49, "max_rotation": 5}, "can be 53.1 wide"),
+        ({"max_size": 40, "max_rotation": 45}, "a shape can be 56.6 wide"),
+        ({"max_size": 49, "max_rotation": 5}, "a shape can be 53.1 wide"),
         ({"max_rotation": -1}, "degrees from 0 to 180"),
         ({"max_rotation": 181}, "degrees from 0 to 180"),
     ],
@@ -193,10 +193,10 @@ def test_the_largest_shapes_that_fit_are_accepted():
 
 @pytest.mark.parametrize("image_size", [0, -28, 100, 225, 3612, 28000])
 def test_impossible_image_sizes_are_refused(image_size):
-    told = f"^--image-size {image_size}: must be a multiple of 28 from 28 to 3,584 pixels$"
-    with pytest.raises(ValueError, match=told):
+    message = f"^--image-size {image_size}: must be a multiple of 28 from 28 to 3,584 pixels$"
+    with pytest.raises(ValueError, match=message):
         check_image_size(image_size)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         make_example(ShapeSpec(), seed=0, split="train", index=0, image_size=image_size)
 
 
@@ -217,9 +217,9 @@ def test_a_picture_that_cannot_be_written_costs_that_picture(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         shapes.main(["--out", str(tmp_path), "--image-size", "56"])
     assert stop.value.code == 2
-    told = capsys.readouterr()
-    assert told.err == f"{tmp_path / 'rotated.png'}: cannot be written: Is a directory\n"
-    assert len(told.out.splitlines()) == 4
+    output = capsys.readouterr()
+    assert output.err == f"{tmp_path / 'rotated.png'}: cannot be written: Is a directory\n"
+    assert len(output.out.splitlines()) == 4
     assert sum(path.is_file() for path in tmp_path.iterdir()) == 3
 
 
@@ -233,8 +233,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_drawn(
     with pytest.raises(SystemExit) as stop:
         shapes.main(["--out", str(tmp_path / out)])
     assert stop.value.code == 2
-    told = f"--out {tmp_path / out}: must be a folder that can be written to\n"
-    assert capsys.readouterr().err.endswith(told)
+    message = f"--out {tmp_path / out}: must be a folder that can be written to\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 @pytest.mark.parametrize("flags", [["--image-size", "100"], ["--seed", "-1"], []])
@@ -255,17 +255,17 @@ def test_output_that_cannot_be_written_costs_no_picture(tmp_path):
     assert len(list((tmp_path / "ü").iterdir())) == 4
 
 
-# --- what a user has set for matplotlib has no say ----------------------------------------
+# --- the user's matplotlib settings change nothing ----------------------------------------
 
 
 def other_settings() -> dict:
-    """For nearly each of matplotlib's settings a value that it accepts and that is not its own."""
+    """Return, for nearly every matplotlib setting, a valid value that is not the default."""
     values = (True, False, 1, "red", "in", "dashed", "none", ["red"], (3.0, 2.0), (5.0, 6.0, 7.0))
     others = {}
     with rc_context():
         for key in rcParamsDefault.keys() - {"backend", "backend_fallback"}:
             for value in values:
-                with suppress(ValueError, TypeError, AttributeError):  # it is not accepted
+                with suppress(ValueError, TypeError, AttributeError):  # not a valid value
                     rcParams[key] = value
                 if rcParams[key] != rcParamsDefault[key]:
                     others[key] = rcParams[key]
@@ -284,7 +284,7 @@ def test_no_setting_of_matplotlib_changes_a_pixel():
     with rc_context(settings):
         fresh = Canvas(56)
         assert [fresh.draw(shape).tobytes() for shape in drawn] == expected
-        assert [rcParams[key] for key in settings] == list(settings.values())  # they stay
+        assert [rcParams[key] for key in settings] == list(settings.values())  # left as they were
     for key, value in settings.items():
         with rc_context({key: value}):
             assert [canvas.draw(drawn[i]).tobytes() for i in few] == [expected[i] for i in few], key
@@ -313,7 +313,7 @@ def test_a_matplotlibrc_in_the_working_folder_changes_no_picture(tmp_path):
 def test_a_notebook_s_backend_stops_no_command(program):
     done = run(program, MPLBACKEND=INLINE)
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1  # of arguments that are missing
+    assert len(done.stderr.splitlines()) == 1  # about missing arguments
 
 
 def test_in_a_notebook_itself_the_backend_stays():

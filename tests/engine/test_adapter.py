@@ -1,5 +1,5 @@
-"""Less than all weights trained: LoRA, against stock transformers with stock peft in fp64, and a
-vision tower, frozen or not.
+"""Training a part of the weights: LoRA against stock transformers and peft in fp64, and a frozen
+vision tower.
 """
 
 import copy
@@ -43,7 +43,7 @@ PLACE = {"device": "cpu", "dtype": "float32"}
 
 @pytest.fixture
 def adapted(model, processor) -> Loaded:
-    """The small random model with adapters that change what it says."""
+    """The small random model with adapters that change its output."""
     loaded = Loaded(model, None, processor, add_adapter(model, TINY, RANK, seed=0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_greedy_ids_equal_transformers_and_peft(adapted, prompts, kind):
 
 
 def test_one_compiled_graph_fits_all_adapted_layers(adapted, prompts, compiled_layer):
-    """Also after they have been switched off for the reference, and on again."""
+    """Also after disabling them for the reference and enabling them again."""
     sampler = make_sampler(adapted.policy)
     sampler.run_layer = compiled_layer
     for _ in range(2):
@@ -132,7 +132,7 @@ def test_the_reference_is_the_model_without_its_adapter(model, processor, prompt
     with loaded.as_reference() as reference:
         assert torch.equal(scored(reference, prompts, ids, mask), scored(plain, prompts, ids, mask))
     assert not torch.equal(scored(model, prompts, ids, mask), scored(plain, prompts, ids, mask))
-    assert len(trainable(model)) == 2 * 2 * len(ADAPTED)  # still those that are trained
+    assert len(trainable(model)) == 2 * 2 * len(ADAPTED)  # the adapters are still trainable
 
 
 def test_an_update_moves_the_adapter_and_nothing_else(adapted, prompts):
@@ -154,7 +154,7 @@ def test_an_update_moves_the_adapter_and_nothing_else(adapted, prompts):
 
 
 def images_seen(model) -> list:
-    """Grows by each image that goes through the model's vision tower."""
+    """A list that grows by each image that the model's vision tower encodes."""
     images = []
     stock = model.model.visual.forward
 
@@ -168,7 +168,7 @@ def images_seen(model) -> list:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_image_goes_through_a_vision_tower_once_a_step(loaded, prompts, frozen):
-    """In micro-batches too; through the reference's not at all, if both have the same."""
+    """With micro-batches too. The reference encodes no image if both have the same tower."""
     loaded.policy.model.visual.requires_grad_(not frozen)
     by_policy, by_reference = images_seen(loaded.policy), images_seen(loaded.reference)
     options = OPTIONS | {"pass_size": PassSize(micro_batch=2, checkpoint_layers=0)}
@@ -243,7 +243,9 @@ def test_final_is_an_adapter_for_stock_peft_or_the_model_with_it(tmp_path, proce
     beside = logits_of(PeftModel.from_pretrained(base(), final).base_model.model, processor)
     stock_merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(merged, dtype=torch.float32)
     torch.testing.assert_close(logits_of(stock_merged, processor), beside, rtol=0, atol=1e-4)
-    assert (beside - logits_of(base(), processor)).abs().max() > 0.1  # it has learned something
+    assert (
+        beside - logits_of(base(), processor)
+    ).abs().max() > 0.1  # the adapter changes the logits
     own = load(str(final), **PLACE).policy  # as evaluate.py does
     torch.testing.assert_close(logits_of(stock(own), processor), beside, rtol=0, atol=1e-4)
     assert AutoProcessor.from_pretrained(final).tokenizer.eos_token == "<|im_end|>"
@@ -282,11 +284,11 @@ def test_damaged_adapters_are_told_in_one_line(tmp_path, capsys):
         load(str(final), **PLACE)
     (final / "adapter_config.json").write_text("{}")
     told = refused(capsys, *SMALL, "--model", str(final))
-    assert "adapter_config.json: does not name the model that the adapter belongs to" in told
+    assert "adapter_config.json: does not name the adapter's base model" in told
 
 
 def rename(path: Path, names: dict[str, str]) -> None:
-    """Give some of an adapter's weights other names; part of each name is replaced."""
+    """Rename an adapter's weights: `names` maps parts of names to new ones."""
     weights = load_file(path / "adapter_model.safetensors")
     for old, new in names.items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
@@ -296,12 +298,12 @@ def rename(path: Path, names: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("language_model.", "", "56 of its 56 weights fit nowhere in its base model, as base_"),
+        ("language_model.", "", "56 of its 56 weights match nothing in its base model, e.g. base_"),
         ("layers.3.mlp.up_proj", "layers.9.mlp.up_proj", r"2 of its 56 .*layers\.9\.mlp\.up_proj"),
     ],
 )
 def test_an_adapter_whose_names_fit_nowhere_is_not_taken_for_its_base(tmp_path, old, new, told):
-    """As those made before transformers named the language model; peft would say nothing."""
+    """Such as one saved before transformers named the language model; peft gives no warning."""
     final = run(tmp_path / "run", "--steps", "1") / "final"
     rename(final, {old: new})
     with pytest.raises(ModelError, match=told):
@@ -313,7 +315,7 @@ def test_weights_that_an_adapter_lacks_are_named(tmp_path):
     weights = load_file(final / "adapter_model.safetensors")
     name, _ = weights.popitem()
     save_file(weights, final / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=f"1 weights are missing, as {name}"):
+    with pytest.raises(ModelError, match=f"1 weights are missing, e.g. {name}"):
         load(str(final), **PLACE)
 
 
@@ -326,7 +328,7 @@ def test_an_adapter_of_another_rank_is_told_with_both_shapes(tmp_path):
 
 
 def test_an_adapter_on_an_adapter_is_refused_and_a_merged_one_is_a_base(tmp_path, capsys):
-    """Alone, the second would fit no model that others can load."""
+    """Without the first adapter, the second would fit no model."""
     first = run(tmp_path / "run", "--steps", "1")
     flags = [*SMALL, "--lora-rank", "2", "--runs", str(tmp_path)]
     for part in ("final", "checkpoints/step-000001"):
@@ -353,11 +355,11 @@ def test_a_base_that_is_gone_is_named_as_such(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate([str(tmp_path / "run")])
     told = capsys.readouterr().err
-    assert "the adapter belongs to /gone/tiny, and there is no such folder" in told
+    assert "the adapter's base model is /gone/tiny, and there is no such folder" in told
     assert "base_model_name_or_path in this file" in told
 
 
-# --- what is refused, and what is counted -------------------------------------------------
+# --- refused options, and parameter counts ------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""attention.py: its forms against attention written out, and the check of its fast form."""
+"""attention.py against attention written out, and the checks of its kernels."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ LIKE = torch.zeros(1, dtype=torch.float64)
 
 
 def written_out(query, key, value, visible, scaling):
-    """softmax(q k / scale) v with keys and values repeated for the query heads that share them."""
+    """softmax(q k^T scaling) v, with keys and values repeated for all query heads."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, -torch.inf)
@@ -31,7 +31,7 @@ def written_out(query, key, value, visible, scaling):
 
 
 def random_heads(tokens: int, slots: int):
-    """6 query heads that share 2 key heads of size 8, 3 rows, fp64."""
+    """3 rows in fp64: 6 query heads share 2 KV heads of size 8."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 6, tokens, 8), (3, 2, slots, 8), (3, 2, slots, 8))
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
@@ -54,7 +54,7 @@ def test_the_last_tokens_see_what_is_before_them():
 
 
 def test_a_stock_call_that_pads_on_the_left_ignores_its_padding(model, prompts):
-    """The mask function that is registered beside the attention function."""
+    """The mask function registered with the attention function handles it."""
     ids, mask = random_completions(prompts, group_size=1)
     inputs = stock_inputs(prompts, ids, mask)
     inputs["attention_mask"][:, :3] = 0
@@ -66,18 +66,18 @@ def test_a_stock_call_that_pads_on_the_left_ignores_its_padding(model, prompts):
     assert torch.equal(own[real], other[real])
 
 
-# --- the fast forms' checks ---------------------------------------------------------------
+# --- kernel checks ------------------------------------------------------------------------
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the host that says it is on a GPU: which form is chosen depends on that alone."""
+    """A host tensor that claims to be on a GPU: the choice of kernel depends on that alone."""
 
     is_cuda = True
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The checks' random heads are on a GPU, the fast forms trusted."""
+    """The checks' random heads claim to be on a GPU, and the kernels count as verified."""
     heads = attention.random_heads
 
     def on_gpu(*arguments, **options):
@@ -128,7 +128,7 @@ def test_the_check_of_the_flash_form_notices_a_wrong_gradient(gpu, monkeypatch):
 
 
 def test_what_the_checks_compare_with_is_no_kernel(gpu, monkeypatch):
-    """A kernel that is wrong in all its forms is not held against itself."""
+    """The reference calls no kernel, so a wrong kernel is not compared with itself."""
 
     def of_twice_the_query(query, key, value, **options):
         return sdpa(2 * query, key, value, **options)
@@ -152,7 +152,7 @@ def test_on_a_gpu_a_fast_form_is_used_only_if_it_is_trusted(monkeypatch):
         monkeypatch.setattr(fastpath, "VERDICTS", {attention.FLASH: verdict})
         suffix_attention(query.as_subclass(OnGpu), key, value, visible, 0.3)
     suffix_attention(query, key, value, visible, 0.3)
-    # a mask and shared heads together: no GPU kernel takes them, so the heads are written out
+    # no GPU kernel takes a mask together with shared heads, so the heads are repeated
     assert seen == [("CausalBias", 2, True), ("Tensor", 6, False), ("Tensor", 2, True)]
 
 
@@ -168,12 +168,12 @@ def test_without_the_fast_forms_a_gpu_computes_the_same(monkeypatch):
 
 def test_the_kernels_are_checked_once_and_on_a_gpu_only(monkeypatch):
     monkeypatch.setattr(fastpath, "VERDICTS", {})
-    attention.trust_attention(HEADS, LIKE)
+    attention.verify_attention(HEADS, LIKE)
     assert fastpath.VERDICTS == {}
     checked = []
     for name in ("check_suffix_attention", "check_one_token_attention"):
         monkeypatch.setattr(attention, name, lambda *_, name=name: checked.append(name) or 0.0)
     for _ in range(2):
-        attention.trust_attention(HEADS, LIKE.as_subclass(OnGpu))
+        attention.verify_attention(HEADS, LIKE.as_subclass(OnGpu))
     assert checked == ["check_suffix_attention", "check_one_token_attention"]
     assert fastpath.VERDICTS == {attention.FLASH: True, attention.DECODING: True}

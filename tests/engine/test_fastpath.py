@@ -1,4 +1,4 @@
-"""fastpath.py: what is trusted, and what is not."""
+"""fastpath.py: fast paths that pass their checks, and others that do not."""
 
 import os
 import warnings
@@ -10,12 +10,12 @@ import torch
 from engine import fastpath
 from engine.fastpath import (
     check_adamw,
-    is_trusted,
+    is_verified,
     matmul_fp32,
     prepare_gpu,
     relative_difference,
-    trust_triton,
-    trusted,
+    verify,
+    verify_triton,
 )
 
 
@@ -34,28 +34,28 @@ def raises(error: Exception):
 def test_what_agrees_is_used_and_checked_once():
     calls = []
     for _ in range(3):
-        assert trusted("a kernel", lambda: calls.append(1) or 0.004)
+        assert verify("a kernel", lambda: calls.append(1) or 0.004)
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
     ("check", "fault"),
     [
-        (lambda: 0.5, "off from its slow form by 50.0 %"),
-        (lambda: float("nan"), "off from its slow form"),
+        (lambda: 0.5, "differs from the reference by 50.0 %"),
+        (lambda: float("nan"), "differs from the reference"),
         (raises(RuntimeError("no kernel image\nfor this device")), "RuntimeError: no kernel image"),
         (raises(AttributeError()), "AttributeError"),
         (raises(TypeError("mm() got an unexpected keyword")), "unexpected keyword"),
     ],
 )
 def test_what_fails_or_differs_is_given_up_with_one_warning(check, fault):
-    with pytest.warns(UserWarning, match="slower without a kernel: ") as told:
-        assert not trusted("a kernel", check)
+    with pytest.warns(UserWarning, match="running slower without a kernel: ") as told:
+        assert not verify("a kernel", check)
     assert fault in str(told[0].message)
     assert "\n" not in str(told[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not trusted("a kernel", check)
+        assert not verify("a kernel", check)
 
 
 def test_the_relative_difference_by_hand():
@@ -77,9 +77,9 @@ def test_products_of_bf16_are_not_rounded():
 
 
 def test_a_form_is_used_while_it_is_checked_and_not_before():
-    assert not is_trusted("a kernel")
-    assert trusted("a kernel", lambda: 0.0 if is_trusted("a kernel") else 1.0)
-    assert is_trusted("a kernel")
+    assert not is_verified("a kernel")
+    assert verify("a kernel", lambda: 0.0 if is_verified("a kernel") else 1.0)
+    assert is_verified("a kernel")
 
 
 # --- AdamW's Triton kernel ----------------------------------------------------------------
@@ -88,7 +88,7 @@ BF16 = torch.zeros(1, dtype=torch.bfloat16)
 
 
 def test_what_torchs_operations_round_is_far_below_the_tolerance():
-    """Against AdamW in fp32, weight and Kahan compensation together. The kernel rounds less."""
+    """Compares weight plus Kahan compensation with AdamW in fp32. The kernel rounds less."""
     torch.manual_seed(0)
     assert check_adamw(BF16, triton=False) < 0.005
     assert check_adamw(torch.zeros(1), triton=False) == 0
@@ -97,7 +97,7 @@ def test_what_torchs_operations_round_is_far_below_the_tolerance():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"kahan_sum": False},  # updates are lost where bf16 rounds
+        {"kahan_sum": False},  # bf16 rounding loses updates
         {"betas": (0.5, 0.99)},
         {"eps": 0.1},
         {"lr": 1.1e-3},
@@ -110,21 +110,21 @@ def test_an_optimizer_that_does_something_else_is_noticed(monkeypatch, wrong):
             super().__init__(parameters, **(options | changed))
 
     monkeypatch.setattr(optimi, "AdamW", Wrong)
-    with pytest.warns(UserWarning, match="slower without an optimizer"):
-        assert not trusted("an optimizer", lambda: check_adamw(BF16, triton=False))
+    with pytest.warns(UserWarning, match="running slower without an optimizer"):
+        assert not verify("an optimizer", lambda: check_adamw(BF16, triton=False))
 
 
 def test_triton_is_for_bf16_weights_on_a_gpu(monkeypatch):
-    """Where it cannot be compiled, it is left aside with a warning."""
+    """If it does not compile, a warning says so and torch runs instead."""
 
     class OnGpu(torch.Tensor):
         is_cuda = True
 
-    assert not trust_triton(BF16)
-    assert not trust_triton(BF16.float().as_subclass(OnGpu))
+    assert not verify_triton(BF16)
+    assert not verify_triton(BF16.float().as_subclass(OnGpu))
     assert fastpath.VERDICTS == {}
     monkeypatch.setattr(fastpath, "check_adamw", lambda *_, triton: 0.003)
-    assert trust_triton(BF16.as_subclass(OnGpu))
+    assert verify_triton(BF16.as_subclass(OnGpu))
     fastpath.VERDICTS.clear()
 
     def no_compiler(*_, triton):
@@ -132,16 +132,16 @@ def test_triton_is_for_bf16_weights_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(fastpath, "check_adamw", no_compiler)
     with pytest.warns(UserWarning, match="slower without optimi's Triton kernel .* C compiler"):
-        assert not trust_triton(BF16.as_subclass(OnGpu))
+        assert not verify_triton(BF16.as_subclass(OnGpu))
 
 
-# --- what torch leaves to its user --------------------------------------------------------
+# --- torch's GPU options ------------------------------------------------------------------
 
 
 @pytest.fixture
 def torch_as_it_comes(monkeypatch):
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.setenv(name, "")  # so that it is as it was after the test
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it after the test
         monkeypatch.delenv(name)
     matmul = torch.backends.cuda.matmul
     before = torch.backends.cuda.cudnn_sdp_enabled()

@@ -1,7 +1,7 @@
-"""Everything that runs on a GPU, run to its end on a pretended one (pretended_gpu.py).
+"""Every GPU code path, run from start to end on a pretended GPU (pretended_gpu.py).
 
-Nothing is computed there. What is seen: that the host's side works, from the command line to the
-last file; that no tensor is on the wrong side; where, and how often, the host waits for the GPU.
+The pretended GPU computes nothing. The tests show that the host code works, from the command line
+to the last file; that no tensor is on the wrong device; where and how often the host waits.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ RUNS = {
 
 
 def on_gpu(work, *arguments, **options) -> PretendedGPU:
-    """Do some work on a pretended GPU, on which nothing may be slower than it could be."""
+    """Run `work` on a pretended GPU; a fast path that fails its check is an error."""
     fastpath.VERDICTS.clear()
     with (
         mock.patch.dict(os.environ, clear=False),
@@ -52,7 +52,7 @@ def on_gpu(work, *arguments, **options) -> PretendedGPU:
         PretendedGPU(**options) as gpu,
     ):
         os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
-        warnings.filterwarnings("error", message="slower without")
+        warnings.filterwarnings("error", message="running slower without")
         work(list(arguments))
         assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     gpu.verdicts = dict(fastpath.VERDICTS)
@@ -62,7 +62,7 @@ def on_gpu(work, *arguments, **options) -> PretendedGPU:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    """The FLAGS, with a model of two layers: where the host waits is the same with more."""
+    """The FLAGS with a model of two layers: more layers do not change where the host waits."""
     folder = tmp_path_factory.mktemp("model")
     config = AutoConfig.from_pretrained(TINY)
     config.text_config.update({"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
@@ -76,7 +76,7 @@ def flags(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(flags, tmp_path_factory) -> dict[str, PretendedGPU]:
-    """One short run with each of the RUNS' flags, in the folder `runs["folder"]`."""
+    """One short run for each of the RUNS, in the folder `runs["folder"]`."""
     folder = tmp_path_factory.mktemp("runs")
     ran = {"folder": folder}
     for name, more in RUNS.items():
@@ -87,7 +87,7 @@ def runs(flags, tmp_path_factory) -> dict[str, PretendedGPU]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_reaches_its_end(runs, name):
     assert (runs["folder"] / name / "final").is_dir()
-    assert runs[name].allocated == 0  # and nothing is left on the GPU
+    assert runs[name].allocated == 0  # nothing is left on the GPU
     assert runs[name].verdicts == dict.fromkeys(FAST_FORMS, True)
 
 
@@ -97,7 +97,7 @@ def test_where_the_host_waits_the_line_says_so(runs, name):
 
 
 def test_how_often_the_host_waits_in_a_step(flags, tmp_path):
-    """By statement, in the second of two steps, when all forms have been checked."""
+    """Counts reads by statement, in the second of two steps, after all checks have run."""
     reads, uploads = [], []
     for steps in ("1", "2"):
         more = ["--runs", str(tmp_path), "--name", steps, "--steps", steps]
@@ -105,9 +105,9 @@ def test_how_often_the_host_waits_in_a_step(flags, tmp_path):
         reads.append(gpu.reads)
         uploads.append(gpu.uploads)
     of_a_step = Counter({text.splitlines()[0]: n for (_, text), n in (reads[1] - reads[0]).items()})
-    assert uploads[0] == uploads[1]  # it waits for none of what a step sends
+    assert uploads[0] == uploads[1]  # the host never waits for an upload
     assert of_a_step == {
-        "if self.finished.all():  # host sync": 2,  # of 20 tokens, after 8 and 16
+        "if self.finished.all():  # host sync": 2,  # after 8 and 16 of 20 tokens
         "lengths = mask.sum(1).tolist()  # host sync": 1,
         "ids = completions.ids.tolist()  # host sync": 1,
         "wrong += [name for name, number in numbers.items() if not number.isfinite()]"
@@ -143,17 +143,17 @@ def test_a_model_is_warmed_up(flags, tmp_path):
 
 
 def test_weights_in_fp32(flags, tmp_path):
-    """Flash attention and AdamW's kernel are for bf16."""
+    """Flash attention and the AdamW kernel need bf16."""
     gpu = on_gpu(main.main, *flags, "--dtype", "float32", "--runs", str(tmp_path))
     checked = {sampling.COMPILED, sampling.CAPTURED, attention.DECODING}
     assert gpu.verdicts == dict.fromkeys(checked, True)
 
 
-# --- fast forms ---------------------------------------------------------------------------
+# --- fast paths ---------------------------------------------------------------------------
 
 
 def test_no_form_is_checked_inside_of_a_layer(flags, tmp_path, monkeypatch):
-    """Compiled, recorded or run again for its gradient, it would take the check for its own."""
+    """If the layer is compiled, captured or recomputed, the check would become part of it."""
     inside = []
     forward = Qwen2_5_VLDecoderLayer.forward
 
@@ -163,14 +163,14 @@ def test_no_form_is_checked_inside_of_a_layer(flags, tmp_path, monkeypatch):
         inside.pop()
         return out
 
-    def trusted(name, check):
-        assert name in fastpath.VERDICTS or not inside, f"{name} is checked in a layer"
+    def verify(name, check):
+        assert name in fastpath.VERDICTS or not inside, f"{name} is checked inside a layer"
         return stock(name, check)
 
-    stock = fastpath.trusted
+    stock = fastpath.verify
     monkeypatch.setattr(Qwen2_5_VLDecoderLayer, "forward", noting)
     for module in (attention, fastpath, sampling):
-        monkeypatch.setattr(module, "trusted", trusted)
+        monkeypatch.setattr(module, "verify", verify)
     more = ["--beta", "0", "--checkpoint-layers", "2", "--runs", str(tmp_path)]
     gpu = on_gpu(main.main, *flags, *more)
     assert gpu.verdicts == dict.fromkeys(FAST_FORMS, True)
@@ -198,10 +198,10 @@ def no_kernel(*_, **__):
 def test_a_run_goes_on_without_a_form_that_fails_at_its_first_use(
     flags, tmp_path, form, module, name, failing
 ):
-    """Any library's kernel can: it is compiled then, or not made for the card."""
+    """A kernel may fail to compile at its first use, or may not support the GPU."""
 
     def work(arguments):
-        told_once = pytest.warns(UserWarning, match=f"slower without {form}: RuntimeError")
+        told_once = pytest.warns(UserWarning, match=f"running slower without {form}: RuntimeError")
         with mock.patch.object(module, name, failing), told_once as told:
             main.main(arguments)
         assert len([each for each in told if "slower" in str(each.message)]) == 1
@@ -211,7 +211,7 @@ def test_a_run_goes_on_without_a_form_that_fails_at_its_first_use(
     assert gpu.verdicts == dict.fromkeys(FAST_FORMS, True) | {form: False}
 
 
-# --- what is pretended --------------------------------------------------------------------
+# --- the pretended GPU --------------------------------------------------------------------
 
 
 def test_the_gpu_takes_tensors_and_gives_back_what_has_no_value():
@@ -279,7 +279,7 @@ def test_a_read_while_a_graph_is_recorded_is_refused():
 
 
 def test_all_that_a_loader_hands_over_can_be_pinned(processor):
-    """Each tensor of a step's batch, whether it is sent to the GPU today or not."""
+    """Every tensor of a batch, even those that stay on the host."""
     lessons = cold_start.make_parser().parse_args(["--model", TINY, "--out", "-"])
     config = config_of("--preset", "tiny", "--prompts-per-step", "3")
     batch = main.make_batch(config, processor, 0, 0)[1]

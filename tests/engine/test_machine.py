@@ -1,4 +1,4 @@
-"""machine.py: containers' limits, in files laid out as the kernel lays them out; other runs."""
+"""machine.py: memory limits of containers, from files in the kernel's layout, and other runs."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def limits(tmp_path: Path, own: str, files: dict[str, object]) -> list[tuple[int
 
 
 def test_version_1_as_docker_mounts_it(tmp_path):
-    """In the container the group's own path is not there; its files are on top."""
+    """Inside the container, the group's path does not exist; its files are at the top."""
     files = {
         "memory/memory.limit_in_bytes": 600 * MIB,
         "memory/memory.usage_in_bytes": 250 * MIB,
@@ -38,7 +38,7 @@ def test_version_1_as_docker_mounts_it(tmp_path):
 
 
 def test_version_2_with_a_limit_above(tmp_path):
-    """SLURM limits the job, and not the step in it."""
+    """SLURM limits the job, not the step in it."""
     files = {
         "job/memory.max": 900 * MIB,
         "job/memory.current": 300 * MIB,
@@ -61,9 +61,9 @@ def test_without_control_groups_there_is_no_limit(tmp_path):
     [
         ([], (500, 1000)),
         ([(800, 600)], (200, 800)),
-        ([(800, 100)], (500, 800)),  # the machine itself has less free
+        ([(800, 100)], (500, 800)),  # the machine has less free memory
         ([(800, 600), (700, 650)], (50, 700)),
-        ([(2**63 - 4096, 600)], (500, 1000)),  # version 1's way to say: none
+        ([(2**63 - 4096, 600)], (500, 1000)),  # no limit, as version 1 writes it
         ([(100, 120)], (0, 100)),
     ],
 )
@@ -80,7 +80,7 @@ def process(pid: int, parent: int, command: str) -> SimpleNamespace:
 
 OTHERS = [
     process(11, 1, "python main.py --preset tiny"),
-    process(12, 11, "python main.py --preset tiny"),  # its worker
+    process(12, 11, "python main.py --preset tiny"),  # a worker of process 11
     process(13, 1, "/venv/bin/python3.11 -u /home/x/evaluate.py tiny"),
 ]
 NONE = [
@@ -90,7 +90,7 @@ NONE = [
     process(24, os.getpid(), "python main.py"),  # a worker of this run
     process(os.getpid(), 1, "python main.py"),
     process(25, 1, ""),
-    SimpleNamespace(pid=26, info={"cmdline": None, "ppid": 1}),  # not ours to look at
+    SimpleNamespace(pid=26, info={"cmdline": None, "ppid": 1}),  # a process of another user
 ]
 
 
@@ -98,7 +98,11 @@ def test_other_runs_on_the_same_cores_are_told_with_what_to_set(monkeypatch):
     for processes, threads, told in (
         (NONE, 8, None),
         (NONE + OTHERS, 1, None),
-        (NONE + OTHERS, 8, "Runs beside this one: 2. With 8 threads each .* OMP_NUM_THREADS=2"),
+        (
+            NONE + OTHERS,
+            8,
+            "Other runs on this machine: 2. With 8 threads each.* OMP_NUM_THREADS=2",
+        ),
         (NONE + OTHERS, 2, "OMP_NUM_THREADS=1 "),
     ):
         monkeypatch.setattr(machine.psutil, "process_iter", lambda _, found=processes: found)

@@ -1,4 +1,4 @@
-"""model_files.py, and what loading.py makes of it: published folders, and damage to them."""
+"""model_files.py, and loading.py on top of it: published folders, and damaged ones."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def base(tmp_path) -> Path:
 
 
 def train(base: Path, *flags: str) -> Path:
-    """Train a step and return the run's folder."""
+    """Train for one step and return the run's folder."""
     run = base.parent / "run"
     main.main([*TRAIN, "--model", str(base), "--runs", str(run.parent), "--name", "run", *flags])
     return run
@@ -73,7 +73,7 @@ def test_the_length_of_the_prompt_was_counted_with_the_published_tokenizer():
 
 
 def test_all_published_files_but_how_to_decode_are_kept():
-    kept = {*model_files.KEPT_AS_THEY_ARE, "generation_config.json"}
+    kept = {*model_files.KEPT_FILES, "generation_config.json"}
     assert kept >= FILES.keys()
 
 
@@ -90,7 +90,7 @@ def test_all_published_files_but_how_to_decode_are_kept():
     ids=["final", "checkpoint", "adapter", "merged", "adapter-beside", "bf16"],
 )
 def test_what_reads_the_base_reads_what_is_saved(base, flags, folder):
-    """The base's own files stand beside the new weights byte for byte, and no others."""
+    """The base model's files are beside the new weights, byte for byte, and no others."""
     saved = train(base, *flags) / folder
     is_adapter = (saved / "adapter_config.json").exists()
     for name in FILES.keys() - {"generation_config.json", "config.json"}:
@@ -122,11 +122,11 @@ def test_a_warmed_up_model_keeps_the_files_too(base, tmp_path):
     assert how["repetition_penalty"] == 1.0
 
 
-# --- served as measured -------------------------------------------------------------------
+# --- decoding by other tools --------------------------------------------------------------
 
 
 def greedy_answers(target: Path, tmp_path: Path, count: int) -> list[str]:
-    """What evaluate.py's own sampler answers."""
+    """The greedy answers of evaluate.py."""
     path = tmp_path / "answers.json"
     flags = ["--examples", str(count), "--max-new-tokens", "48", "--image-size", "84"]
     evaluate.main([str(target), *flags, "--json", str(path), "--plot", str(tmp_path / "x.png")])
@@ -134,7 +134,7 @@ def greedy_answers(target: Path, tmp_path: Path, count: int) -> list[str]:
 
 
 def served_answers(model, folder: Path, count: int) -> list[str]:
-    """What `generate` of stock transformers answers, with nothing but the folder's own settings."""
+    """The answers of stock transformers' `generate`, with the folder's own settings."""
     processor = AutoProcessor.from_pretrained(folder)
     texts = []
     for index in range(count):
@@ -183,13 +183,13 @@ def test_all_stop_ids_and_the_padding_are_kept(base):
 
 
 def test_without_generation_config_both_stop_tokens_are_known(base, capsys):
-    """transformers would take the one of config.json."""
+    """transformers would use the single stop token of config.json."""
     (base / "generation_config.json").unlink()
     assert stop_ids(load(str(base), **PLACE).policy) == [2, 0]
-    assert "names no eos_token_id; completions end at <|im_end|> or" in capsys.readouterr().out
+    assert "has no eos_token_id; completions stop at <|im_end|> or" in capsys.readouterr().out
 
 
-# --- damage, told without loading ---------------------------------------------------------
+# --- damaged files, found without loading -------------------------------------------------
 
 
 def edit(path: Path, **changes) -> None:
@@ -212,13 +212,13 @@ def cut(path: Path) -> None:
 
 
 def point(path: Path) -> None:
-    """Leave in place of a file what a clone without git-lfs has."""
+    """Replace a file by its pointer, as in a clone without git-lfs."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 16584333312\n"
     path.write_text(pointer)
 
 
 def split(folder: Path) -> None:
-    """Make two files of the weights, with an index."""
+    """Split the weights into two files with an index."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     where = {name: f"model-0000{1 + ('visual' in name)}-of-00002.safetensors" for name in weights}
@@ -242,47 +242,50 @@ def quantize(**how):
     return lambda at: edit(at / "config.json", quantization_config=how)
 
 
-BELONG = "weights and config.json do not belong together"
+BELONG = "weights and config.json do not match"
 DAMAGE = {
-    "no-weights": (lambda at: (at / "model.safetensors").unlink(), "there are no weights in it"),
+    "no-weights": (lambda at: (at / "model.safetensors").unlink(), "has no weights"),
     "lost-shard": (split_and_lose_one, "model-00002-of-00002.safetensors: cannot be read: No such"),
-    "empty-index": (split_and_empty_the_index, "names no files of weights"),
-    "cut-off": (lambda at: cut(at / "model.safetensors"), "by its header: cut off"),
-    "pointer": (lambda at: point(at / "model.safetensors"), "git lfs pull fetches it"),
-    "tokenizer-pointer": (lambda at: point(at / "tokenizer.json"), "tokenizer.json: is a pointer"),
+    "empty-index": (split_and_empty_the_index, "lists no weight files"),
+    "cut-off": (lambda at: cut(at / "model.safetensors"), "its header says .*: truncated"),
+    "pointer": (lambda at: point(at / "model.safetensors"), "run git lfs pull"),
+    "tokenizer-pointer": (
+        lambda at: point(at / "tokenizer.json"),
+        "tokenizer.json: is a git-lfs pointer",
+    ),
     "config-pointer": (
         lambda at: point(at / "config.json"),
-        "config.json: is a pointer of git-lfs",
+        "config.json: is a git-lfs pointer",
     ),
     "no-safetensors": (
         lambda at: (at / "model.safetensors").write_bytes(b"\xff" * 100),
-        "is not a whole safetensors file",
+        "damaged, or not safetensors",
     ),
     "shape": (
         lambda at: edit_weights(at, **{LAYER: torch.ones(3, 192)}),
-        r"layers\.3\.mlp\.up_proj\.weight is of shape \(3, 192\), where config.json asks for "
+        r"layers\.3\.mlp\.up_proj\.weight has shape \(3, 192\), but config.json asks for "
         r"\(512, 192\)",
     ),
     "missing": (lambda at: edit_weights(at, **{LAYER: None}), f"{BELONG}: 1 weights are missing"),
     "integers": (
         lambda at: edit_weights(at, **{LAYER: torch.ones(512, 192, dtype=torch.int8)}),
-        r"up_proj\.weight is of type I8",
+        r"up_proj\.weight has dtype I8",
     ),
     "fewer-layers": (
         lambda at: edit(at / "config.json", num_hidden_layers=3),
-        rf"{BELONG}: 12 have no place in it, as model\.language_model\.layers\.3\.",
+        rf"{BELONG}: 12 weights are not in the model, e.g. model\.language_model\.layers\.3\.",
     ),
     "fewer-blocks": (
         lambda at: edit_vision(at, depth=2, fullatt_block_indexes=[1]),
-        rf"{BELONG}: 24 have no place in it, as model\.visual\.blocks\.2\.",
+        rf"{BELONG}: 24 weights are not in the model, e.g. model\.visual\.blocks\.2\.",
     ),
     "more-layers": (
         lambda at: edit(at / "config.json", num_hidden_layers=5),
-        rf"{BELONG}: 12 weights are missing, as model\.language_model\.layers\.4\.",
+        rf"{BELONG}: 12 weights are missing, e.g. model\.language_model\.layers\.4\.",
     ),
     "awq": (
         quantize(quant_method="awq", bits=4),
-        r"quantized \(awq\), and cannot be trained or merged; use the unquantized ones",
+        r"quantized \(awq\) and cannot be trained or merged; use unquantized weights",
     ),
     "gptq": (quantize(quant_method="gptq"), r"quantized \(gptq\)"),
     "fp8": (quantize(quant_method="fp8"), r"quantized \(fp8\)"),
@@ -308,8 +311,8 @@ def test_a_dry_run_says_what_it_has_checked(base, capsys):
     with pytest.raises(SystemExit) as stop:
         main.main([*TRAIN, "--model", str(base), "--dry-run"])
     assert stop.value.code == 0
-    assert f"{base}: 104 weights in 2 files, with names and shapes as in" in capsys.readouterr().out
-    assert "not on disk; its files are checked once they are fetched" in check_files(SEVEN)
+    assert f"{base}: 104 weights in 2 files; names and shapes match" in capsys.readouterr().out
+    assert "not on disk; its files are checked after the download" in check_files(SEVEN)
 
 
 def test_weights_that_are_computed_or_shared_may_be_in_the_files_too(base):
@@ -321,7 +324,7 @@ def test_weights_that_are_computed_or_shared_may_be_in_the_files_too(base):
 
 
 def test_what_is_checked_is_what_is_loaded(base):
-    """Beside one file of weights an index, left over, is passed over by transformers too."""
+    """transformers, too, ignores an index left beside a single weight file."""
     where = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(where))
     assert "104 weights in 1 files" in check_files(str(base))
@@ -341,14 +344,14 @@ def test_a_pointer_that_nobody_reads_does_not_matter(base):
 )
 def test_the_unquantized_model_is_named(width, original):
     config = {"hidden_size": width, "quantization_config": {"quant_method": "awq"}}
-    with pytest.raises(ModelError, match=rf"as of Qwen/Qwen2\.5-VL-{original}-Instruct$"):
+    with pytest.raises(ModelError, match=rf"such as Qwen/Qwen2\.5-VL-{original}-Instruct$"):
         model_files.check_quantized("some", config)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(base, value, capsys):
     edit_weights(base, **{LAYER: torch.full((512, 192), value)})
-    told = r"1 of its weights are not finite .* as model\.language_model\.layers\.3\.mlp\.up_proj"
+    told = r"1 of its weights are not finite .* e.g. model\.language_model\.layers\.3\.mlp\.up_proj"
     with pytest.raises(ModelError, match=told):
         load(str(base), **PLACE)
     with pytest.raises(SystemExit) as stop:
@@ -362,7 +365,7 @@ def test_weights_that_are_not_finite_are_named(base, value, capsys):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path) -> Path:
-    """An empty cache of the hub; asking the hub for anything is an error."""
+    """An empty hub cache; a request to the hub is an error."""
     snapshot = tmp_path / "snapshot"
 
     def snapshot_download(model, *, local_files_only=False, **_):
@@ -375,11 +378,11 @@ def cache(monkeypatch, tmp_path) -> Path:
 
 
 def test_a_model_in_the_cache_is_loaded_without_the_network(cache, monkeypatch):
-    """Each file was asked for on the hub, with retries: seven silent minutes."""
+    """It once sent a request per file, with retries: seven silent minutes."""
     published_layout(cache)
 
     def ask(*_, **__):
-        raise AssertionError("the hub is asked")
+        raise AssertionError("a request to the hub")
 
     monkeypatch.setattr(socket, "getaddrinfo", ask)
     monkeypatch.setattr(socket.socket, "connect", ask)
@@ -388,9 +391,9 @@ def test_a_model_in_the_cache_is_loaded_without_the_network(cache, monkeypatch):
 
 
 def test_a_model_that_is_nowhere_is_told_at_once_and_what_is_waited_for_is_said(cache, capsys):
-    with pytest.raises(ModelError, match="not to be had from the hub: Got: ConnectError"):
+    with pytest.raises(ModelError, match="the download failed: Got: ConnectError"):
         load("Some/Model", **PLACE)
-    assert capsys.readouterr().out == "Some/Model: not on disk; asking the hub for it\n"
+    assert capsys.readouterr().out == "Some/Model: not on disk; downloading it from the hub\n"
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", "config.json"])

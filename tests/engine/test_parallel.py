@@ -1,6 +1,6 @@
-"""Two processes make the gradients of one, save and fail together, and go on with its runs.
+"""Two processes compute the gradients of one, save and fail together, and resume each other's runs.
 
-Run as a program, by torchrun, this file is what the two processes do.
+torchrun runs this file as a program, once in each of the two processes.
 """
 
 import faulthandler
@@ -26,7 +26,7 @@ import main
 from config import workload_of
 from engine.batching import PassSize
 from engine.loading import load
-from engine.parallel import connect, launched, process_index
+from engine.parallel import connect, process_index, rank_and_world_size
 from harness import checkpoint, runs
 from harness.checkpoint import CheckpointError, checkpoints_of
 from harness.memory import estimate, resident_bytes
@@ -35,28 +35,28 @@ from harness.runlog import read_lines
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--preset tiny --device cpu --prompts-per-step 4 --group-size 2 --image-size 84"
 FLAGS += " --max-new-tokens 24 --eval-every 2 --eval-examples 3 --save-every 2"
-TIMED = ("_s", "peak_gib")  # ends of the names of values that are never the same
-FAILURES = [(0, checkpoint, "check_room"), (1, torch, "save"), (0, checkpoint, "put_in_place")]
+TIMED = ("_s", "peak_gib")  # name endings of metrics that differ between runs
+FAILURES = [(0, checkpoint, "check_room"), (1, torch, "save"), (0, checkpoint, "move_into_place")]
 RUNS = {"full": ["--sync-reference-every", "3"], "adapter": ["--lora-rank", "2", "--lr", "1e-3"]}
 
 
-# --- what each process does ---------------------------------------------------------------
+# --- in each process ----------------------------------------------------------------------
 
 
 class Noted(torch.optim.SGD):
-    """Keeps the gradients it is given, and moves nothing."""
+    """Stores the gradients and updates nothing."""
 
     def step(self):
         self.gradients = [p.grad.clone() for p in self.param_groups[0]["params"]]
 
 
 def one_step(loss: str) -> dict:
-    """A step's completions, gradients and statistics, in fp64, this process's share of it."""
+    """The examples, gradients and metrics of one step in fp64, of this process's shard."""
     config = config_of(*FLAGS.split(), "--loss", loss, "--inner-epochs", "1")
     loaded = load(TINY, device="cpu", dtype="float32", reference=True)
     loaded.policy.double(), loaded.reference.double()
     with torch.no_grad():
-        loaded.reference.lm_head.weight.mul_(1.1)  # so that there is a KL
+        loaded.reference.lm_head.weight.mul_(1.1)  # so that the KL is not 0
     optimizer = Noted(loaded.policy.parameters(), lr=0.0)
     examples, prompts = main.make_batch(config, loaded.processor, process_index(), 3)
     prompts = replace(prompts, pixel_values=prompts.pixel_values.double())
@@ -93,14 +93,14 @@ def restored(folder: Path, name: str):
 
 
 def own_states(loaded, optimizer) -> dict[str, dict]:
-    """A copy of the optimizer's state of each parameter that this process updates."""
+    """A copy of the optimizer state of each parameter that this process updates."""
     states = getattr(optimizer, "optim", optimizer).state
     names = {parameter: name for name, parameter in loaded.policy.named_parameters()}
     return {names[parameter]: deepcopy(state) for parameter, state in states.items()}
 
 
 def save_and_restore(folder: Path) -> dict:
-    """Save a state, fail to save the next, and go on from the first and from one of one process."""
+    """Save a checkpoint, fail to save the next, restore the first and one of a single process."""
     loaded, optimizer = trained("bfloat16")
     save(folder, "by-two", loaded, optimizer)
     saved, told = own_states(loaded, optimizer), []
@@ -122,8 +122,8 @@ def save_and_restore(folder: Path) -> dict:
 
 
 def work(folder: Path) -> None:
-    """Make a step with each loss, save and restore, begin a run, go on with one of one process."""
-    faulthandler.dump_traceback_later(300, exit=True)  # who waits for the other in vain, and where
+    """Take a step with each loss, save, restore, start a run, resume one of a single process."""
+    faulthandler.dump_traceback_later(300, exit=True)  # show where a process hangs
     torch.set_num_threads(1)
     connect(on_cpu=True)
     results = {loss: one_step(loss) for loss in grpo.LOSSES}
@@ -133,12 +133,12 @@ def work(folder: Path) -> None:
     main.main(["--resume", str(folder / "one-two"), "--steps", "4"])
 
 
-# --- and what comes of it -----------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where two processes have done their `work`, beside runs of a single one."""
+    """The folder where two processes have done their `work`, with runs of a single process."""
     folder = tmp_path_factory.mktemp("parallel")
     for kind in RUNS:
         start(folder, kind, kind, 4)
@@ -158,7 +158,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder) -> list[dict]:
-    """What each of the two processes has to show."""
+    """The results of each of the two processes."""
     return [torch.load(folder / f"results-{i}.pt", weights_only=False) for i in range(2)]
 
 
@@ -179,12 +179,12 @@ def test_two_processes_make_the_gradients_of_one(results, loss):
         assert (one - whole).norm() <= 1e-9 * whole.norm() + 1e-12
     assert alone["metrics"]["kl"] > 0.001
     assert first["metrics"] == second["metrics"]
-    assert_close(first["metrics"], alone["metrics"], 1e-6)  # some are made in fp32
+    assert_close(first["metrics"], alone["metrics"], 1e-6)  # some are computed in fp32
 
 
 @pytest.mark.parametrize(("name", "kind"), [("two-one", "full"), ("one-two", "adapter")])
 def test_runs_go_on_with_another_number_of_processes(folder, name, kind):
-    """The same run but for rounding; one process writes, and everything is there once."""
+    """The runs are equal up to rounding. One process writes, so each line is there once."""
     for file, key in (("metrics", "step"), ("evaluations", "steps_done"), ("samples", "step")):
         lines, expected = (read_lines(folder / run / f"{file}.jsonl") for run in (name, kind))
         assert [line[key] for line in lines] == [line[key] for line in expected]
@@ -206,7 +206,7 @@ def test_each_process_saves_its_share_of_the_optimizer(folder):
 
 @pytest.mark.parametrize("name", ["by-one", "by-two"])
 def test_one_process_and_two_restore_the_same_moments(folder, results, name):
-    """Bit for bit, what two have saved and what one has; and then go on as if never saved."""
+    """Bit for bit, from checkpoints of one and of two processes; so is the next update."""
     saved = results[0]["saved"] | results[1]["saved"]
     assert len(saved) == len(results[0]["saved"]) + len(results[1]["saved"])
     again, other = restored(folder, name)
@@ -229,7 +229,7 @@ def test_a_process_that_cannot_write_is_told_to_all(folder, results):
     told = [f"cannot {name}" for _, _, name in FAILURES]
     assert [each["told"] for each in results] == [told, told]
     left = [path.name for path in (folder / "by-two" / "checkpoints").iterdir()]
-    assert left == ["step-000002"]  # and whole: it is restored in other tests
+    assert left == ["step-000002"]  # complete: other tests restore it
 
 
 def test_a_share_that_is_gone_is_told(folder, tmp_path):
@@ -251,12 +251,12 @@ ALL |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     [
         ({}, (0, 1)),
         (ALL, (1, 2)),
-        ({"RANK": "1"}, (0, 1)),  # what some other tool has left
+        ({"RANK": "1"}, (0, 1)),  # left behind by another tool
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}, (0, 1)),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: without RANK and LOCAL_RANK and MASTER_ADDR and"),
-        (ALL | {"RANK": ""}, "WORLD_SIZE=2: without RANK;"),
-        (ALL | {"MASTER_PORT": ""}, "WORLD_SIZE=2: without MASTER_PORT;"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: set without RANK and LOCAL_RANK and MASTER_ADDR and"),
+        (ALL | {"RANK": ""}, "WORLD_SIZE=2: set without RANK;"),
+        (ALL | {"MASTER_PORT": ""}, "WORLD_SIZE=2: set without MASTER_PORT;"),
         (ALL | {"RANK": "first"}, "RANK=first: must be a number"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2: must be a number"),
     ],
@@ -267,11 +267,11 @@ def test_half_of_a_launchers_environment_is_not_believed(monkeypatch, environmen
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if isinstance(found, tuple):
-        assert launched() == found
-        assert process_index() == 0  # none has joined
+        assert rank_and_world_size() == found
+        assert process_index() == 0  # there is no process group
     else:
         with pytest.raises(ValueError, match=found):
-            launched()
+            rank_and_world_size()
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,6 @@ def test_processes_share_prompts_and_optimizer_in_the_memory_table():
 
 
 if __name__ == "__main__":
-    gathered = AssertionError("the whole state in one process")
+    gathered = AssertionError("one process gathers the whole state")
     with mock.patch.object(ZeroRedundancyOptimizer, "consolidate_state_dict", side_effect=gathered):
         work(Path(sys.argv[1]))

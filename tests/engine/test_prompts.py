@@ -15,7 +15,7 @@ def test_images_of_two_sizes_are_refused(processor):
         make_example(ShapeSpec(), seed=0, split="train", index=0, image_size=size).image
         for size in (84, 112)
     ]
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="the same size"):
         encode_prompts(processor, images, system="s", prompt="p")
 
 
@@ -27,7 +27,7 @@ def test_a_224_pixel_image_is_64_tokens(processor):
 
 
 def test_prompts_are_what_the_processor_makes_of_whole_chats(processor):
-    """Text is tokenized once for all images; the processor, given all at once, makes the same."""
+    """One tokenization serves all images; the processor gives the same for all chats at once."""
     examples = [make_example(ShapeSpec(), seed=0, split="train", index=i) for i in range(3)]
     images = [example.image for example in examples]
     chats = [
@@ -56,7 +56,7 @@ def test_the_text_is_tokenized_once(processor):
     assert encode_text.cache_info().misses == before
 
 
-@pytest.mark.parametrize("size", [224, 84, 140])  # 4 equal windows an image; one; 4 unequal ones
+@pytest.mark.parametrize("size", [224, 84, 140])  # per image: 4 equal windows, 1, 4 unequal
 def test_embeddings_and_positions_are_those_of_transformers(model, processor, size):
     images = [
         make_example(ShapeSpec(), seed=1, split="train", index=i, image_size=size).image

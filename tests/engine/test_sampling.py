@@ -21,16 +21,16 @@ PAD = 0
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph's stand-in on a CPU: notes each tensor operation of a step, once.
+    """A CPU stand-in for a CUDA graph: records every tensor operation of a step, once.
 
-    Replayed, the same operations run on the same tensors with the same numbers. Whatever the step
-    decided in Python (a slot, a shape, a branch) is frozen, as it is in a recorded graph.
+    A replay runs the same operations on the same tensors with the same numbers. Every Python
+    decision of the step (a slot, a shape, a branch) is frozen, as in a captured graph.
     """
 
     def __init__(self, step):
         super().__init__()
         self.calls = []
-        step()  # as on a GPU, where the step is compiled before it is recorded
+        step()  # as on a GPU, which compiles the step before the capture
         with self:
             self.result = step()
 
@@ -54,7 +54,7 @@ class Tape(TorchDispatchMode):
 
 
 class RecordedSampler(Sampler):
-    """Takes the path of a GPU: the first step is recorded, all steps are replays."""
+    """Takes the GPU's path: captures the first step and replays it for all steps."""
 
     def fastest_decode_step(self):
         self.sampled.fill_(1)
@@ -73,7 +73,7 @@ def sample(model, prompts, *, kind=Sampler, max_new_tokens=12, seed=0, **options
 
 
 def stock_generate(model, prompts: Prompts, *, group_size: int = 2, max_new_tokens: int = 12):
-    """Greedy completions by transformers' generate, one row for each."""
+    """Greedy completions of transformers' generate, repeated for each group."""
     return (
         stock(model)
         .generate(
@@ -99,7 +99,7 @@ both_kinds = pytest.mark.parametrize("kind", [Sampler, RecordedSampler])
 @both_kinds
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_greedy_ids_equal_transformers_generate(model, processor, kind, dtype):
-    """Also with buffers that an earlier call has used, for other prompts."""
+    """Also with buffers that earlier prompts have used."""
     model = model.to(dtype)
     sampler = make_sampler(model, kind)
     many = make_prompts(processor, 5)
@@ -111,7 +111,7 @@ def test_greedy_ids_equal_transformers_generate(model, processor, kind, dtype):
 
 
 def test_without_the_images_offset_the_ids_are_wrong(model, prompts, monkeypatch):
-    """A negative control: positions counted in tokens, as in a text without images."""
+    """A negative control: counts positions in tokens, as in text without images."""
     embed = sampling.embed_prompts
 
     def ignore_offset(*args):
@@ -137,7 +137,7 @@ def test_several_stop_tokens_and_an_early_end(model, prompts, kind, pad_stops):
 
 def test_the_first_stop_token_belongs_to_the_completion(model, prompts):
     free = sample(model, prompts, temperature=0.0, max_new_tokens=10)
-    stops = [int(free.ids[0, 4]), int(free.ids[2, 6])]  # of prompts 0 and 1: two stop tokens
+    stops = [int(free.ids[0, 4]), int(free.ids[2, 6])]  # two stop tokens, from prompts 0 and 1
     model.generation_config.eos_token_id = stops
     stopped = sample(model, prompts, temperature=0.0, max_new_tokens=10)
     for row, (ids, mask) in enumerate(zip(stopped.ids, stopped.mask, strict=True)):
@@ -200,8 +200,10 @@ def test_a_recorded_step_draws_what_the_plain_step_draws(model, prompts):
 
 
 def test_rows_that_have_ended_are_left_out(model, prompts, monkeypatch):
-    """Those that go on move within the caches: they read their own prompt, draw their own noise."""
-    model.generation_config.eos_token_id = list(range(0, 486, 8))  # every eighth token is a stop
+    """The others move within the caches, and keep their own prompt and noise."""
+    model.generation_config.eos_token_id = list(
+        range(0, 486, 8)
+    )  # every eighth token is a stop token
     decoded = []
     draw = Sampler.sample_token
 
@@ -220,7 +222,7 @@ def test_rows_that_have_ended_are_left_out(model, prompts, monkeypatch):
     torch.testing.assert_close(drawn.logprobs, expected, rtol=0, atol=1e-10)
     decoded.clear()
     recorded = sample(model, prompts, kind=RecordedSampler, group_size=4, max_new_tokens=24)
-    assert set(decoded) == {12}  # a recorded step is for all rows
+    assert set(decoded) == {12}  # a captured step runs all rows
     assert torch.equal(recorded.ids, drawn.ids)
 
 
@@ -233,7 +235,7 @@ def test_random_numbers_are_a_function_of_seed_and_step():
 
 
 def test_drawn_tokens_follow_the_softmax(model, prompts):
-    """The first token of 20,000 rows of one prompt, over the 4 likeliest words and the rest."""
+    """Bins the first tokens of 20,000 rows of one prompt: the 4 likeliest tokens, and the rest."""
     rows, temperature = 20_000, 1.5
     sampler = make_sampler(model, max_new_tokens=1)
     generator = torch.Generator().manual_seed(0)
@@ -286,11 +288,11 @@ def test_greedy_and_sampled_calls_share_their_buffers(model, prompts):
     assert torch.equal(greedy.logprobs, again.logprobs)
 
 
-# --- what a GPU needs of a step -----------------------------------------------------------
+# --- decode steps on a GPU ----------------------------------------------------------------
 
 
 def test_reading_prompts_and_decoding_wait_for_nothing(model, prompts):
-    """On the meta device tensors have no values: whatever asks for one raises."""
+    """Meta tensors have no values: reading one raises."""
     sampler = make_sampler(model.to("meta"))
     with torch.no_grad():
         sampler.make_buffers(6, prompts.input_ids.shape[1])
@@ -302,7 +304,7 @@ def test_reading_prompts_and_decoding_wait_for_nothing(model, prompts):
 
 
 class Replayed:
-    """What `CapturedGraph` is on a GPU, without a GPU: calling it takes the step."""
+    """A stand-in for `CapturedGraph` without a GPU: a call runs the step."""
 
     def __init__(self, step):
         self.decode_step = step
@@ -312,7 +314,7 @@ class Replayed:
 
 
 class Misreplayed(Replayed):
-    """A recording that holds on to something old."""
+    """A graph that replays wrong values."""
 
     def __call__(self):
         return self.decode_step().roll(1, 0)
@@ -334,7 +336,7 @@ def no_compiler():
             Misreplayed,
             lambda: sampling.call_layer,
             "decode_step",
-            "a CUDA graph of the decoding step: it",
+            "a CUDA graph of the decode step: it",
         ),
         (
             no_graphs,
@@ -348,7 +350,7 @@ def no_compiler():
 def test_on_a_gpu_the_step_is_as_fast_as_can_be_trusted(
     model, prompts, monkeypatch, recording, compiler, kept, warning
 ):
-    """A GPU is pretended, and what it might do; the completions are right in any case."""
+    """Simulates a GPU and its failures; the completions are correct in every case."""
     plain = sample(model, prompts)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
     monkeypatch.setattr(sampling, "CapturedGraph", recording)
@@ -369,7 +371,7 @@ def test_on_a_gpu_the_step_is_as_fast_as_can_be_trusted(
 
 
 def rounding_elsewhere(layer, hidden, rope, mask, cache):
-    """A layer as a compiler might fuse it: nothing but its result is rounded."""
+    """A layer as a compiler might fuse it: rounds only its result."""
     exact, twin = copy.deepcopy(layer).float(), cache.float()
     rope, mask = tuple(x.float() for x in rope), mask.float()
     out = call_layer(exact, hidden.float(), rope, mask, twin).to(hidden.dtype)
@@ -378,7 +380,7 @@ def rounding_elsewhere(layer, hidden, rope, mask, cache):
 
 
 def with_wrong_mask(layer, hidden, rope, mask, cache):
-    """It sees the slots that are to come, and not the prompt's first ten."""
+    """Attends to future slots, and not to the prompt's first ten."""
     wrong = torch.zeros_like(mask)
     wrong[..., :10] = -torch.inf
     return call_layer(layer, hidden, rope, wrong, cache)
@@ -395,7 +397,7 @@ def in_the_wrong_slot(layer, hidden, rope, mask, cache):
 
 
 def deep_bf16_model(processor) -> Qwen2_5_VLForConditionalGeneration:
-    """28 layers in bf16, with a few huge values in the residual stream, as trained models have."""
+    """28 layers in bf16, with a few huge values in the residual stream, as in trained models."""
     config = AutoConfig.from_pretrained(TINY)
     config.text_config.update({"num_hidden_layers": 28, "layer_types": ["full_attention"] * 28})
     config.vision_config.update({"depth": 1, "fullatt_block_indexes": [0]})
@@ -417,7 +419,7 @@ def deep_bf16_model(processor) -> Qwen2_5_VLForConditionalGeneration:
 
 @pytest.fixture(scope="module")
 def at_first_step(processor):
-    """A sampler of the deep model that has read its prompts."""
+    """A sampler of the deep model after prefill."""
     sampler = make_sampler(deep_bf16_model(processor))
     sampler.model.eval()
     prompts = make_prompts(processor, 2)
@@ -434,7 +436,7 @@ def off_by(sampler, compiled, monkeypatch) -> float:
 
 
 def test_a_compiled_layer_that_rounds_elsewhere_is_trusted(at_first_step, monkeypatch):
-    """Though the logits after 28 layers are farther off than the tolerance."""
+    """Even if the logits after 28 layers exceed the tolerance."""
     sampler = at_first_step
     assert off_by(sampler, rounding_elsewhere, monkeypatch) <= 0
     assert off_by(sampler, call_layer, monkeypatch) <= 0
@@ -453,7 +455,7 @@ def test_a_compiled_layer_that_is_wrong_is_noticed(at_first_step, monkeypatch, w
 
 
 def test_more_shapes_than_the_compiler_allows(model, prompts, monkeypatch):
-    """A program that varies the group: more than 8 in one process would be refused."""
+    """A program may vary the group size: torch refuses more than 8 recompilations per process."""
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
     monkeypatch.setattr(sampling, "CapturedGraph", Replayed)
     monkeypatch.setattr(fastpath, "VERDICTS", {})
@@ -462,7 +464,7 @@ def test_more_shapes_than_the_compiler_allows(model, prompts, monkeypatch):
         sampling, "compile_layer", lambda: torch.compile(sampling.call_layer, **options)
     )
     torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=2):  # else 8
+    with torch._dynamo.config.patch(recompile_limit=2):  # the default is 8
         for group_size in (1, 2, 3, 4):
             sampler = make_sampler(model, max_new_tokens=2)
             sampler.generate(prompts[:1], group_size=group_size, temperature=0.0)
@@ -475,7 +477,7 @@ class Stream:
 
 @pytest.mark.parametrize("pool_is_ended_by", ["torch", "us"])
 def test_a_recording_that_fails_leaves_stream_and_pool_as_they_were(monkeypatch, pool_is_ended_by):
-    """torch gives back neither if the end of a capture fails (torch/cuda/graphs.py)."""
+    """torch restores neither if the end of a capture fails (torch/cuda/graphs.py)."""
     main_stream, side_stream, events = Stream(), Stream(), []
     current = [main_stream]
 
@@ -506,7 +508,7 @@ def test_a_recording_that_fails_leaves_stream_and_pool_as_they_were(monkeypatch,
 
 
 def test_one_compiled_graph_fits_all_layers(model, prompts, compiled_layer):
-    """And stays valid after an update: nothing is compiled again."""
+    """An update of the weights does not recompile it."""
     sampler = make_sampler(model)
     sampler.run_layer = compiled_layer
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""scoring.py against stock transformers with plain repeats, in fp64."""
+"""scoring.py against stock transformers on repeated prompts, in fp64."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_the_reference_is_transformers_forward(model, prompts):
     whole = twin(**stock_inputs(prompts, ids, mask)).logits
     torch.testing.assert_close(stock_logits(twin, prompts, ids, mask), whole, rtol=0, atol=1e-12)
     ids[0, 3] = model.config.image_token_id
-    with pytest.raises(ValueError, match="do not match"):  # why it is not used itself
+    with pytest.raises(ValueError, match="do not match"):  # the reason for `stock_logits`
         twin(**stock_inputs(prompts, ids, mask))
 
 
@@ -51,7 +51,7 @@ def test_logprobs_equal_stock_transformers(model, prompts, group_size):
 @pytest.mark.parametrize("checkpoint_layers", [0, 1, 2, None])
 def test_all_gradients_equal_stock_transformers(model, prompts, checkpoint_layers):
     ids, mask = random_completions(prompts)
-    ids[0, 3] = model.config.image_token_id  # the policy may sample this too
+    ids[0, 3] = model.config.image_token_id  # the policy may sample an image token
     factor = torch.randn(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     twin = stock(model)
     (stock_logprobs(twin, prompts, ids, mask, temperature=0.7) * factor).sum().backward()
@@ -60,7 +60,7 @@ def test_all_gradients_equal_stock_transformers(model, prompts, checkpoint_layer
     assert any(name.startswith("model.visual") for name, _ in model.named_parameters())
     for (name, own), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         difference = (own.grad - other.grad).norm()
-        # the key's bias has no gradient at all in exact arithmetic: softmax ignores a constant
+        # the key bias has zero gradient in exact arithmetic: softmax ignores a constant
         assert difference <= 1e-9 * other.grad.norm() + 1e-12, name
 
 
@@ -132,7 +132,7 @@ def test_a_model_that_would_not_know_the_packing_is_refused(model, prompts):
 
 @pytest.mark.parametrize("checkpoint_layers", [0, 2])
 def test_scoring_waits_for_nothing(model, prompts, checkpoint_layers):
-    """On the meta device tensors have no values: whatever asks for one raises."""
+    """Meta tensors have no values: reading one raises."""
     ids, mask = random_completions(prompts)
     lengths = mask.sum(1).tolist()
     logprobs, _ = completion_logprobs(
@@ -151,10 +151,10 @@ def test_scoring_waits_for_nothing(model, prompts, checkpoint_layers):
 
 
 def test_packing_by_hand():
-    """Two prompts of 3 tokens, two completions each, of 2, 1, 3 and 1 tokens."""
+    """Two prompts of 3 tokens with two completions each, of 2, 1, 3 and 1 tokens."""
     packing, predictors = pack((4, 3), [2, 1, 3, 1], (2, 3), "cpu")
     assert packing.cells.tolist() == [0, 1, 3, 6, 7, 8, 9]
-    # states 0 to 3 are the rows' last prompt states, 4 to 10 the completion tokens' own
+    # states 0 to 3 are the rows' last prompt states, 4 to 10 those of the completion tokens
     assert predictors.tolist() == [0, 4, 1, 2, 7, 8, 3]
     assert packing.visible.int().tolist() == [
         [1, 1, 1, 1, 0, 0],
@@ -238,9 +238,7 @@ def test_activation_bytes_are_about_what_a_layer_keeps(model, processor, dtype):
     tokens = prompts.input_ids.numel() + mask.sum().item()
     config, cells = model.config.text_config, mask.numel()
     estimate = activation_bytes(config, dtype, tokens, cells, trained=True)
-    assert (
-        0.8 < estimate / sum(kept.values()) < 1.2
-    )  # exactly: test_memory.py, with kernels of a GPU
+    assert 0.8 < estimate / sum(kept.values()) < 1.2  # test_memory.py checks GPU kernels exactly
 
 
 def test_layers_are_checkpointed_as_far_as_memory_asks(model, monkeypatch):

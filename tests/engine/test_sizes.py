@@ -1,4 +1,4 @@
-"""sizes.py: parameters counted without loading, and what a machine without the means is told."""
+"""sizes.py: parameter counts without loading, and errors on a machine that is too small."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_parameter_counts():
 
 
 @pytest.mark.parametrize(
-    ("model", "parameters"),  # as the hub counts them
+    ("model", "parameters"),  # counts from the hub
     [
         ("Qwen/Qwen2.5-VL-3B-Instruct", 3_754_622_976),
         ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656),

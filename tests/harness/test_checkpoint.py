@@ -1,4 +1,4 @@
-"""checkpoint.py: whole or absent, exact, and damage is told."""
+"""checkpoint.py: checkpoints are atomic and exact, and damage is reported."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ PARTS = {"with_optimizer": True, "with_reference": False}
 
 
 def trained(dtype: str = "float32", *, updates: int = 2):
-    """A model that has been given some random updates, with its optimizer."""
+    """Return a model after some random updates, with its optimizer."""
     loaded = load(TINY, device="cpu", dtype=dtype, reference=True)
     config = config_of("--preset", "tiny", "--lr", "1e-3")
     optimizer = make_optimizer(config, loaded.policy)
@@ -157,7 +157,7 @@ def test_the_room_asked_for_is_what_is_written(tmp_path, dtype, with_optimizer, 
     save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **parts)
     written = sum(len(content) for content in tree(tmp_path).values())
     expected = checkpoint.checkpoint_bytes(loaded, **parts)
-    assert written <= expected * 1.02  # files of text weigh something beside so small a model
+    assert written <= expected * 1.02  # with so small a model, text files count
     assert written >= expected * 0.95
 
 
@@ -179,7 +179,7 @@ def test_without_room_nothing_is_written(tmp_path, monkeypatch):
     loaded, optimizer = trained()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(9, 8, 2**20))
-    with pytest.raises(CheckpointError, match=r"takes 0.03 GiB, 0.00 GiB are free"):
+    with pytest.raises(CheckpointError, match=r"needs 0.03 GiB, and only 0.00 GiB are free"):
         save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **PARTS)
     assert not list(tmp_path.iterdir())
 
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, file_size_limit):
     loaded, optimizer = trained()
     before = save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **PARTS)
     content = tree(tmp_path)
-    for limit in (1_000, 1_000_000, 15_000_000):  # in config.json, in the weights, in the optimizer
+    for limit in (1_000, 1_000_000, 15_000_000):  # in config.json, weights, optimizer
         with file_size_limit(limit), pytest.raises(CheckpointError):
             save(tmp_path, loaded, optimizer, steps_done=3, keep=1, **PARTS)
         with file_size_limit(1_000), pytest.raises(CheckpointError):
@@ -278,7 +278,7 @@ def test_damage_is_told(sound, tmp_path, damage, told):
 
 class Evil:
     def __reduce__(self):
-        return (print, ("code of others is run",))
+        return (print, ("foreign code has run",))
 
 
 def test_no_code_of_others_is_run(sound, tmp_path, capsys):
@@ -286,14 +286,14 @@ def test_no_code_of_others_is_run(sound, tmp_path, capsys):
     torch.save({"state": Evil(), "param_groups": []}, tmp_path / "step-000002" / "optimizer.pt")
     with pytest.raises(CheckpointError, match="damaged"):
         restore(tmp_path / "step-000002", *fresh())
-    assert "code of others" not in capsys.readouterr().out
+    assert "foreign code" not in capsys.readouterr().out
 
 
 def test_another_reference_is_refused(sound):
     loaded, optimizer = fresh()
     with torch.no_grad():
         next(loaded.reference.parameters()).view(-1)[0].add_(1.0)
-    with pytest.raises(CheckpointError, match="not the one this run was started from"):
+    with pytest.raises(CheckpointError, match="not the model that this run started from"):
         restore(sound, loaded, optimizer)
 
 

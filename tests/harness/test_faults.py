@@ -1,6 +1,6 @@
-"""Whole runs that die, are stopped, or are damaged: what they leave, and how they go on.
+"""Whole runs that die, stop or are damaged: what they leave behind, and how they resume.
 
-A death is played in this process: nothing is cleaned up after it, as nothing is after SIGKILL.
+These tests simulate a death in this process, without any cleanup, as after SIGKILL.
 `benchmarks/faults.py` kills real processes, a hundred times, at random moments.
 """
 
@@ -42,7 +42,7 @@ ALL_LINES = {"metrics": 5, "evaluations": 4, "samples": 5}
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """The simulated death of the process."""
 
 
 def start(runs: Path, name: str, *flags: str) -> Path:
@@ -51,7 +51,7 @@ def start(runs: Path, name: str, *flags: str) -> Path:
 
 
 def resume(run: Path, *flags: str) -> None:
-    gc.collect()  # closes the files of a run that has died
+    gc.collect()  # closes the files of a dead run
     main.main(["--resume", str(run), *flags])
 
 
@@ -60,11 +60,11 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys, *arguments: str) -> str:
-    """Return the one line with which a command line is refused."""
+    """Return the line that refuses a command line; there must be only one."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main.main(list(arguments))
-    lines = capsys.readouterr().err.splitlines()  # with those of progress bars
+    lines = capsys.readouterr().err.splitlines()  # includes progress bars
     errors = [line for line in lines if line.strip() and "Loading weights" not in line]
     assert stop.value.code == 2
     assert len(errors) == 1
@@ -73,7 +73,7 @@ def refused(capsys, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that nothing happened to."""
+    """A run without any fault."""
     run = start(tmp_path_factory.mktemp("runs"), "whole")
     assert {name: len(lines) for name, lines in faults.curves(run).items()} == ALL_LINES
     return run
@@ -83,12 +83,12 @@ def whole(tmp_path_factory) -> Path:
 
 
 def kill_at_call(monkeypatch, owner, name: str, number: int) -> None:
-    """Let the process die at the start of the call of that number, counted from 1."""
+    """Let the process die at the start of call `number`, counted from 1."""
     function, calls = getattr(owner, name), count(1)
 
     def dying(*arguments, **options):
         if next(calls) == number:
-            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead do not tidy up
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # no cleanup
             raise Killed
         return function(*arguments, **options)
 
@@ -101,13 +101,13 @@ def kill_at_call(monkeypatch, owner, name: str, number: int) -> None:
         (main, "take_step", 1, 0),
         (main, "log_step", 2, 0),  # before the first checkpoint
         (main, "take_step", 4, 2),
-        (main, "log_step", 4, 2),  # the fourth step is done, its line is not written
-        (main, "evaluate_and_log", 3, 2),  # its line is written
-        (checkpoint, "save_policy", 2, 2),  # two models in each checkpoint: the second begins
-        (checkpoint, "save_weights", 2, 2),  # the reference's turn
-        (torch, "save", 2, 2),  # the optimizer's
-        (checkpoint, "flush", 20, 2),  # all is written, perhaps not to the disk itself
-        (checkpoint, "discard", 1, 4),  # the second is whole, the first still there
+        (main, "log_step", 4, 2),  # the fourth step is done, its line is missing
+        (main, "evaluate_and_log", 3, 2),  # the fourth step's line is written
+        (checkpoint, "save_policy", 2, 2),  # in the second checkpoint, before the policy
+        (checkpoint, "save_weights", 2, 2),  # before the reference
+        (torch, "save", 2, 2),  # before the optimizer
+        (checkpoint, "flush", 20, 2),  # all is written, but perhaps not flushed
+        (checkpoint, "discard", 1, 4),  # the second is complete, the first still exists
         (checkpoint, "save_final", 1, 5),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_real_process_that_is_killed(whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(whole, tmp_path_factory) -> Path:
-    """A run that was sent SIGTERM in its third step."""
+    """A run that received SIGTERM in its third step."""
     runs, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
     update, calls = main.update, count(1)
 
@@ -208,11 +208,11 @@ def test_a_run_without_its_end_is_evaluated_at_its_newest_checkpoint(stopped, tm
     assert "all " in capsys.readouterr().out
 
 
-# --- what outlives the state it describes, and places that change ---------------------------
+# --- final/ of an earlier end, and folders that move ----------------------------------------
 
 
 def test_after_a_resume_the_weights_of_most_steps_are_evaluated(whole, tmp_path, capsys):
-    """final/ is of the run's first end until there is another."""
+    """final/ stays from the run's first end until the run ends again."""
     run = copy_of(whole, tmp_path)
     kill = pytest.MonkeyPatch()
     kill_at_call(kill, main, "take_step", 3)
@@ -220,7 +220,7 @@ def test_after_a_resume_the_weights_of_most_steps_are_evaluated(whole, tmp_path,
         resume(run, "--steps", "9")
     kill.undo()
     gc.collect()
-    assert f"{run / 'final'}: holds an earlier step" in capsys.readouterr().out
+    assert f"{run / 'final'}: is from an earlier step" in capsys.readouterr().out
     numbers = tmp_path / "numbers.json"
     flags = ["--examples", "2", "--json", str(numbers), "--plot", str(tmp_path / "x.png")]
     for target, weights, steps_done in (
@@ -231,13 +231,13 @@ def test_after_a_resume_the_weights_of_most_steps_are_evaluated(whole, tmp_path,
         found = json.loads(numbers.read_text())
         assert (found["weights"], found["steps_done"]) == (str(run / weights), steps_done)
         assert f"{run / weights}, after {steps_done} steps" in capsys.readouterr().out
-    resume(run, "--steps", "6")  # no step is left: the end is made again, at the sixth
+    resume(run, "--steps", "6")  # no step is left: only final/ is saved again
     assert checkpoint.steps_of(run / "final") == 6
     assert "6 steps are done" in refused(capsys, "--resume", str(run), "--steps", "6")
 
 
 def test_a_run_goes_on_after_its_checkout_has_moved(tmp_path, capsys):
-    """The folder of the model has moved along; then the model alone, and another in its place."""
+    """First the model moves with the run, then alone, and another one is offered instead."""
     before = tmp_path / "before"
     shutil.copytree(TINY, before / "tiny")
     flags = ["--model", str(before / "tiny"), "--sync-reference-every", "0", "--steps", "1"]
@@ -248,13 +248,13 @@ def test_a_run_goes_on_after_its_checkout_has_moved(tmp_path, capsys):
     assert json.loads((run / "config.json").read_text())["config"]["model"] == str(now / "tiny")
     (now / "tiny").rename(now / "elsewhere")
     told = refused(capsys, "--resume", str(run), "--steps", "3")
-    assert f"its model was {now / 'tiny'}, and there is no such folder" in told
+    assert f"its model folder {now / 'tiny'} does not exist" in told
     assert "--model FOLDER" in told
     shutil.copytree(now / "elsewhere", now / "other")
     template = now / "other" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     told = refused(capsys, "--resume", str(run), "--steps", "3", "--model", str(now / "other"))
-    assert "not the one this run was started from: the checksum of the files differs" in told
+    assert "this run started from: the checksum of the files does not match" in told
     resume(run, "--steps", "3", "--model", str(now / "elsewhere"))
     assert faults.lines_of(run) == 3
 
@@ -263,7 +263,7 @@ def test_without_a_checkpoint_another_model_is_refused(whole, tmp_path, capsys):
     run = copy_of(whole, tmp_path)
     shutil.rmtree(run / "checkpoints")
     told = refused(capsys, "--resume", str(run), "--model", str(whole / "final"))
-    assert f"--model {whole / 'final'}: the run has {TINY}, and no checkpoint yet" in told
+    assert f"--model {whole / 'final'}: the run started from {TINY}, and has no" in told
 
 
 def test_a_model_given_by_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatch):
@@ -286,10 +286,10 @@ def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_named_like_a_package_is_none(tmp_path, monkeypatch):
-    """wandb makes a folder wandb/ in the working folder."""
+    """wandb creates a folder wandb/ in the working folder."""
     (tmp_path / "trackio").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="--report-to trackio: needs that package"):
+    with pytest.raises(ValueError, match="--report-to trackio: needs its package"):
         config_of("--report-to", "trackio")
 
 
@@ -299,10 +299,10 @@ def test_a_folder_named_like_a_package_is_none(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--lr 1e-3", "--lr 0.001: the run has 0.00015, and would become another one"),
+        ("--lr 1e-3", "--lr 0.001: the run has 0.00015, and would become a different run"),
         ("--seed 1", "--seed 1: the run has 0"),
-        ("--preset tiny", "--preset tiny: a run is resumed with its own flags"),
-        ("--steps 2", "3 steps are done; must be more: --steps 2"),
+        ("--preset tiny", "--preset tiny: a resumed run keeps its own flags"),
+        ("--steps 2", "3 steps are done; --steps 2 must be larger"),
         ("--steps 0", "--steps 0: must be at least 1"),
         ("--rotate", "--rotate True: the run has False"),
         ("--name other", "--name other: the run has stopped"),
@@ -321,7 +321,7 @@ def test_a_run_that_is_done(whole, capsys):
 
 def test_a_checkpoint_is_not_a_run(whole, capsys):
     for part in (newest_of(whole), whole / "final"):
-        assert "is a part of a run; give the run's folder" in refused(capsys, "--resume", str(part))
+        assert "is only part of a run; must be the run's" in refused(capsys, "--resume", str(part))
 
 
 def test_what_to_type_is_written_as_a_shell_reads_it(tmp_path):
@@ -356,11 +356,11 @@ def newest_of(run: Path) -> Path:
         (lambda run: edit_config(run, steps="many"), "steps must be of type int, not 'many'"),
         (lambda run: edit_config(run, beta=-1.0), "--beta -1.0: must be at least 0"),
         (lambda run: edit_config(run, loss="ppo"), "--loss ppo: must be one of"),
-        (lambda run: edit_config(run, future=1), "future is not a option of this version"),
+        (lambda run: edit_config(run, future=1), "future is not an option of this version"),
         (lambda run: edit_line(run, 1, "{"), "metrics.jsonl: line 2 is damaged"),
         (lambda run: edit_line(run, 1, "{}"), "metrics.jsonl: line 2 is damaged"),
-        (lambda run: edit_line(run, 1, '{"step": 0}'), "does not hold the 3 steps"),
-        (lambda run: (run / "metrics.jsonl").write_text(""), "does not hold the 3 steps"),
+        (lambda run: edit_line(run, 1, '{"step": 0}'), "does not contain the 3 steps"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "does not contain the 3 steps"),
         (lambda run: (newest_of(run) / "state.json").write_text("?"), "state.json: damaged"),
         (lambda run: (newest_of(run) / "optimizer.pt").unlink(), "no optimizer state"),
         (lambda run: (newest_of(run) / "optimizer.pt").write_bytes(b"?"), "damaged"),
@@ -376,12 +376,12 @@ def test_damage_is_told_in_one_line_and_nothing_is_touched(stopped, tmp_path, ca
 
 
 def test_another_model_in_the_folder_of_the_first(whole, tmp_path, capsys):
-    """A fixed reference is not saved: it must be the one the run has had."""
+    """A fixed reference is not saved: it must be the one that the run had."""
     model = Path(shutil.copytree(TINY, tmp_path / "model"))
     run = start(tmp_path, "some", "--model", str(model), "--sync-reference-every", "0")
     shutil.copy(whole / "final" / "model.safetensors", model / "model.safetensors")
     told = refused(capsys, "--resume", str(run), "--steps", "6")
-    assert "not the one this run was started from" in told
+    assert "not the model that this run started from" in told
 
 
 def test_a_run_that_another_process_writes(stopped, tmp_path, capsys):
@@ -393,9 +393,9 @@ def test_a_run_that_another_process_writes(stopped, tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_made(tmp_path, file_size_limit):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be made"):
+    with pytest.raises(RunError, match="cannot be created"):
         create_run([tmp_path / "file" / "run"], config={}, device="cpu")
-    with file_size_limit(10), pytest.raises(RunError, match="cannot be made"):
+    with file_size_limit(10), pytest.raises(RunError, match="cannot be created"):
         create_run([tmp_path / "run"], config={}, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -412,7 +412,7 @@ def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, file_size_limit, 
         log.write("metrics", {"step": 2})
         assert path.read_text() == '{"step": 0}\n{"ste'
         with pytest.raises(OSError, match="too large"):
-            log.sync()  # so no checkpoint is saved either
+            log.sync()  # so no checkpoint is saved
     assert "log lines wait in memory" in capsys.readouterr().err
     log.write("metrics", {"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
@@ -421,7 +421,7 @@ def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, file_size_limit, 
 def test_a_run_goes_on_without_the_checkpoints_that_do_not_fit(
     whole, tmp_path, capsys, file_size_limit
 ):
-    with file_size_limit(15_000_000):  # the optimizer's moments take more
+    with file_size_limit(15_000_000):  # the optimizer's moments need more
         run = start(tmp_path, "full")
     assert capsys.readouterr().out.count("no checkpoint was saved") == 3
     assert list((run / "checkpoints").iterdir()) == []
@@ -437,14 +437,14 @@ def test_too_little_room_is_told_at_the_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 60 * 2**20))
     config = config_of(*FLAGS.split(), "--keep", "1")
     needs = disk_of(config, tmp_path / "run")
-    assert needs.has_room is False  # 2 x 42.7 MiB, a reference in each, and 10.7 MiB
+    assert needs.has_room is False  # 2 x 42.7 MiB, each with a reference, and 10.7 MiB
     assert str(needs).startswith(
         "Disk: 0.04 GiB per checkpoint, up to 2 at once, and 0.01 GiB for final/; 0.06 GiB are free"
     )
     smaller = dataclasses.replace(config, save_optimizer=False)
     assert disk_of(smaller, tmp_path / "run").has_room is True
     start(tmp_path, "full", "--steps", "3", "--eval-every", "0")
-    assert "A checkpoint that does not fit is skipped" in capsys.readouterr().out
+    assert "Checkpoints that do not fit are skipped" in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_what_it_takes_and_leaves_nothing(tmp_path, capsys):
@@ -490,16 +490,16 @@ def test_a_run_whose_numbers_go_wrong_stops_before_its_last_good_checkpoint_goes
 def test_a_run_that_ends_in_skipped_steps_has_no_final_model(tmp_path, monkeypatch, capsys):
     def spoiled(config, examples, text, prompt_index):
         reward = judge(config, examples, text, prompt_index)
-        sound = examples[0].index < 6  # three steps; two are left
+        sound = examples[0].index < 6  # three steps of five
         return reward if sound else dataclasses.replace(reward, area_correctness=float("nan"))
 
     judge = main.judge
     monkeypatch.setattr(main, "judge", spoiled)
     with pytest.raises(SystemExit) as stop:
         start(tmp_path, "spoiled")
-    assert "the last step was skipped, reward not finite" in stop.value.code
+    assert "the last step was skipped (reward not finite)" in stop.value.code
     saved = checkpoint.checkpoints_of(tmp_path / "spoiled")
-    assert [path.name for path in saved] == ["step-000002", "step-000005"]  # nothing is lost
+    assert [path.name for path in saved] == ["step-000002", "step-000005"]  # both are kept
     assert stop.value.code.endswith(f"Last checkpoint: {saved[-1]}")
     assert not (tmp_path / "spoiled" / "final").exists()
     assert "done" not in capsys.readouterr().out
@@ -526,7 +526,7 @@ def test_ctrl_c_in_a_skipped_step_saves_it_beside_the_last_good_one(tmp_path, mo
 def test_a_save_that_falls_on_a_skipped_step_is_made_up_for(tmp_path, monkeypatch):
     def spoiled(config, examples, text, prompt_index):
         reward = judge(config, examples, text, prompt_index)
-        sound = examples[0].index != 2  # the second step, after which a save is due
+        sound = examples[0].index != 2  # a save is due after the second step
         return reward if sound else dataclasses.replace(reward, area_correctness=float("inf"))
 
     judge = main.judge
@@ -543,15 +543,15 @@ def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
     scoring, calls = grpo.completion_logprobs, count(1)
 
     def failing(*arguments, **options):
-        if next(calls) in (4, 12):  # the policy's pass in the second step, and a later one
+        if next(calls) in (4, 12):  # the policy's pass in step 2, and a later one
             raise torch.OutOfMemoryError("CUDA out of memory")
         return scoring(*arguments, **options)
 
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
-    told = pytest.warns(UserWarning, match="out of memory: trying again, .* --micro-batch 1 and")
+    told = pytest.warns(UserWarning, match="out of memory: retrying, .* --micro-batch 1 and")
     with told, pytest.raises(SystemExit) as stop:
         start(tmp_path, "full", "--micro-batch", "2")
-    assert re.search(r"out of GPU memory\. To use a tenth less: --[a-z-]+ \w+", stop.value.code)
+    assert re.search(r"out of GPU memory\. Flags that save a tenth: --[a-z-]+ \w+", stop.value.code)
     lines = faults.curves(tmp_path / "full")["metrics"]
     assert [line["micro_batch"] for line in lines] == [2, 1, 1]
 
@@ -560,7 +560,7 @@ def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
     ("owner", "name"), [(main, "collect_rollout"), (optimi.AdamW, "step"), (main, "evaluate")]
 )
 def test_memory_that_runs_out_where_no_smaller_pass_helps(tmp_path, monkeypatch, owner, name):
-    """In sampling, in the optimizer, in an evaluation: told in one line, with what takes less."""
+    """In sampling, the optimizer or an evaluation: one line reports it and names useful flags."""
 
     def failing(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -568,7 +568,7 @@ def test_memory_that_runs_out_where_no_smaller_pass_helps(tmp_path, monkeypatch,
     monkeypatch.setattr(owner, name, failing)
     with pytest.raises(SystemExit) as stop:
         start(tmp_path, "full")
-    assert re.search(r"out of GPU memory\. To use a tenth less: --[a-z-]+ \w+", stop.value.code)
+    assert re.search(r"out of GPU memory\. Flags that save a tenth: --[a-z-]+ \w+", stop.value.code)
     assert "--micro-batch" not in stop.value.code
     assert "--resume" in stop.value.code
 

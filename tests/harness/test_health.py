@@ -1,4 +1,4 @@
-"""health.py: what ends a run, what is warned of, and what a signal does."""
+"""health.py: reasons to stop or warn, and the effect of signals."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import health as health_module
-from harness.health import MAX_SKIPPED, WINDOW, Health, StopSignal, Unhealthy, exit_after
+from harness.health import MAX_SKIPPED, WINDOW, Health, StopSignal, Unhealthy, exit_when_orphaned
 
 SOUND = {
     "skipped": 0,
@@ -58,7 +58,7 @@ def test_a_sampler_that_differs_from_the_scorer_stops_the_run(step, gap, dtype, 
 
 
 def test_log_probs_that_are_not_finite_are_told_as_such():
-    """And not as masks or positions that differ: the weights are looked at when they are loaded."""
+    """The message must not blame masks or positions: loading has already checked the weights."""
     health, gap = Health(torch.bfloat16, []), {"sampler_gap_mean": float("nan")}
     with pytest.raises(Unhealthy, match="not finite, though the weights are") as told:
         health.check({**SOUND, "step": 0} | gap)
@@ -86,7 +86,7 @@ def test_a_run_that_ends_in_a_skipped_step_has_no_end():
     health.check({**SOUND, **BAD, "step": 3})
     with pytest.raises(
         Unhealthy,
-        match="last step was skipped, loss, gradient not finite",
+        match=r"last step was skipped \(loss, gradient not finite\)",
     ):
         health.check_end()
 
@@ -122,7 +122,7 @@ def test_a_collapse_is_told_once_with_where_to_look(change, told):
         {"completion_length_mean": 8.0},
         {"truncated_share": 0.4},
         {"no_spread_share": 0.9},
-        {"entropy": None},  # as metrics.jsonl has what was not finite
+        {"entropy": None},  # how metrics.jsonl stores NaN and infinity
         {"entropy": float("nan")},
     ],
 )
@@ -143,11 +143,11 @@ def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(number, c
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(number) is before
-    assert "finished and saved first" in capfd.readouterr().err
+    assert "finishing and saving this step first" in capfd.readouterr().err
 
 
 def test_a_signal_is_noted_where_nobody_can_be_told(monkeypatch):
-    """Under `2>&1 | tee` Ctrl-C ends the reader too: the handler's own line breaks the pipe."""
+    """Under `2>&1 | tee`, Ctrl-C also ends tee: the handler's own line hits a broken pipe."""
 
     def broken(*_):
         raise BrokenPipeError
@@ -161,7 +161,7 @@ def test_a_signal_is_noted_where_nobody_can_be_told(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "processes", "told"),
     [
-        ({}, 2, None),  # no launcher that kills
+        ({}, 2, None),  # no launcher
         ({"TORCHELASTIC_RUN_ID": "1"}, 1, None),
         ({"TORCHELASTIC_RUN_ID": "1"}, 2, "within 30 s"),
         ({"TORCHELASTIC_RUN_ID": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, 2, "within 60 s"),
@@ -176,7 +176,7 @@ def test_a_launcher_that_would_kill_before_a_step_is_saved(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(health_module, "process_count", lambda: processes)
-    for since in ({"shutdown_timeout": None}, {}):  # torch 2.14, and before: nothing can be set
+    for since in ({"shutdown_timeout": None}, {}):  # torch 2.14; older: no such setting
         monkeypatch.setattr(health_module.LaunchConfig, "__dataclass_fields__", since)
         warning = health_module.launcher_limit()
         if since and told is None:
@@ -188,10 +188,10 @@ def test_a_launcher_that_would_kill_before_a_step_is_saved(
 
 
 def orphan(pid) -> None:
-    """Start a child that follows this process, and die at once."""
+    """Start a child that should end with this process, then die at once."""
     parent, child = os.getpid(), os.fork()
     if child == 0:
-        exit_after(parent)
+        exit_when_orphaned(parent)
     pid.value = child
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""memory.py: the foreseen sizes are those of the tensors that a run makes."""
+"""memory.py: the forecast matches the tensors that a run creates."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def test_what_is_not_trained_takes_its_weights_only(flags):
 
 
 def test_smaller_passes_do_not_shrink_what_the_vision_tower_keeps():
-    """It sees a step's images at once, and keeps that until the last pass is done."""
+    """The tower encodes all images of a step at once, and keeps activations until the last pass."""
     workload = workload_of(config_of("--preset", "tiny", "--device", "cpu"))
     whole, parts = (
         estimate(replace(workload, micro_batch=size), free=None).sizes["vision tower"]
@@ -105,21 +105,21 @@ def test_the_key_value_cache_is_that_of_the_sampler(processor):
     buffers = bytes_of(tensor for cache in sampler.caches for tensor in (cache.keys, cache.values))
     workload = replace(workload_of(config), prompts_per_step=3, group_size=4)
     more_text = workload.prompt_tokens - prompts.input_ids.shape[1]
-    assert more_text > 0  # the estimate is for Qwen's vocabulary
+    assert more_text > 0  # the forecast assumes Qwen's vocabulary
     slots = -(-(workload.prompt_tokens + 16) // 8) * 8
     assert cache_bytes(workload) * sampler.caches[0].keys.shape[2] == buffers * slots
 
 
 def test_the_default_run_by_hand():
-    """8.292 billion parameters, 2 bytes each; 28 layers of 4 heads of 128 for 32 rows of 712."""
+    """8.292 billion parameters of 2 bytes; 28 layers with 4 heads of 128, 32 rows of 712 slots."""
     weights, sizes = 2 * 8_292_166_656, resident_bytes(DEFAULT)
     assert sizes["weights"] == sizes["reference"] == trained_bytes(DEFAULT) == weights
-    assert sizes["optimizer"] == 3 * weights  # two moments and the compensation, bf16
+    assert sizes["optimizer"] == 3 * weights  # two moments and Kahan's compensation, bf16
     assert sizes["key-value cache"] == 32 * 712 * 28 * 2 * 4 * 128 * 2
     assert sum(sizes.values()) < minimum_bytes(DEFAULT) < estimate(DEFAULT, free=None).total
 
 
-PUBLISHED = {  # how the hub's config.json is laid out: the language model's fields on top
+PUBLISHED = {  # the layout of the hub's config.json: language model fields at the top level
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "model_type": "qwen2_5_vl",
     "vocab_size": 1000,
@@ -136,7 +136,7 @@ PUBLISHED["vision_config"] |= {"out_hidden_size": 64, "patch_size": 14}
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_in_the_published_layout_is_foreseen(tmp_path, tied):
-    """At the first layer all gradients are there but the tower's and untied embeddings'."""
+    """At layer 0 every gradient exists except the tower's and those of untied embeddings."""
     config = PUBLISHED | {"tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(config))
     workload = workload_of(config_of("--model", str(tmp_path), "--device", "cuda"))
@@ -146,20 +146,20 @@ def test_a_folder_in_the_published_layout_is_foreseen(tmp_path, tied):
     assert estimate(workload, free=None).total > minimum_bytes(workload)
 
 
-# --- the peak, counted ----------------------------------------------------------------------
+# --- the measured peak ----------------------------------------------------------------------
 
 RAGGED = [50 + round(200 * ((11 * row) % 32) / 31) for row in range(32)]  # mean 150, longest 250
 THREE = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
 def step_on_gpu(flags: list[str], *, gib: float, processes: int = 1, **lengths) -> PretendedGPU:
-    """Take a step at the true shape on a pretended GPU: all completions as long as they may be."""
+    """Take a step at the true shape on a pretended GPU, with completions of maximum length."""
     config = replace(config_of(*flags), device="cuda", dtype="bfloat16")
     lengths = {"length": config.max_new_tokens, **lengths}
     with (
         PretendedGPU(gib=gib, **lengths) as gpu,
         mock.patch.dict(fastpath.VERDICTS, dict.fromkeys(FAST_FORMS, True)),
-        mock.patch.object(sampling, "FINISHED_CHECK_EVERY", 2),  # a token more takes no more memory
+        mock.patch.object(sampling, "FINISHED_CHECK_EVERY", 2),  # more tokens need no more memory
     ):
         prepare_gpu()
         loaded = random_model(config)
@@ -178,7 +178,7 @@ def step_on_gpu(flags: list[str], *, gib: float, processes: int = 1, **lengths) 
 
 
 def random_model(config) -> Loaded:
-    """The policy and its reference, made on the GPU: nothing is copied, nothing initialised."""
+    """Return policy and reference, created on the GPU: nothing is copied or initialised."""
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         policy = Qwen2_5_VLForConditionalGeneration(shape_config(config.model)).eval()
@@ -195,7 +195,7 @@ def random_model(config) -> Loaded:
 
 
 def part_of(policy, processes: int) -> torch.nn.Module:
-    """What one of several processes updates: torch shares the parameters out by size."""
+    """Return the parameters that one process updates: torch shards them by size."""
     shares = {torch.nn.ParameterList(): 0 for _ in range(processes)}
     for parameter in sorted(trainable(policy), key=torch.Tensor.numel, reverse=True):
         least = min(shares, key=shares.get)
@@ -205,7 +205,7 @@ def part_of(policy, processes: int) -> torch.nn.Module:
 
 
 def true_prompts(config, policy) -> Prompts:
-    """Prompts of Qwen's length: 129 tokens of text, 64 of an image of 16 x 16 patches."""
+    """Return prompts of Qwen's length: 129 text tokens, and 64 for an image of 16 x 16 patches."""
     count = config.prompts_per_step
     ids = torch.randint(10, 400, (count, 129 + 64))
     ids[:, 8:72] = policy.config.image_token_id
@@ -241,7 +241,7 @@ def test_the_peak_of_a_step_is_foreseen(flags, gib, processes):
 
 
 def test_an_h200_keeps_all_layers_of_the_default_step(monkeypatch):
-    """4 x 8 completions of 150 tokens on average, the longest of 250: nothing runs again."""
+    """4 x 8 completions of 150 tokens on average, the longest of 250: no layer is recomputed."""
     chosen, choose = [], scoring.layers_to_checkpoint
     monkeypatch.setattr(
         scoring, "layers_to_checkpoint", lambda *sizes: chosen.append(choose(*sizes)) or chosen[-1]
@@ -261,7 +261,7 @@ def test_layers_are_kept_as_far_as_memory_allows():
 
 
 def kept_of(found) -> int:
-    """How many of 28 layers keep their activations."""
+    """Return how many of 28 layers keep their activations."""
     name = next(name for name in found.sizes if name.startswith("decoder layers"))
     return 28 - int(name.split()[2])
 
@@ -271,7 +271,7 @@ def forced(workload: Workload, kept: int) -> Workload:
 
 
 def test_smaller_passes_take_less_unless_gradients_fill_what_they_leave():
-    """Of all weights, those of earlier passes are there when the log-probs' are made."""
+    """With all weights trained, earlier passes' gradients exist while the log-probs need memory."""
     adapters = replace(DEFAULT, lora_rank=LORA_RANK)
     for workload, less in ((adapters, True), (forced(DEFAULT, 28), True), (DEFAULT, False)):
         whole, parts = (
@@ -308,10 +308,10 @@ def test_what_would_fit_is_the_least():
     assert flags_that_fit(DEFAULT, 8 * GIB) is None
 
 
-def test_the_readme_shows_what_is_foreseen():
-    readme = (ROOT / "README.md").read_text()
-    assert memory_table(estimate(DEFAULT, free=None)) in readme
-    rows = [line.split("|") for line in readme.splitlines() if re.match(r"\| [37]B \|", line)]
+def test_the_docs_show_what_is_forecast():
+    page = (ROOT / "docs" / "running.md").read_text()
+    assert memory_table(estimate(DEFAULT, free=None)) in page
+    rows = [line.split("|") for line in page.splitlines() if re.match(r"\| [37]B \|", line)]
     assert len(rows) == 7
     for _, model, _, flags, gib, _, _ in rows:
         words = flags.strip().strip("`").split()

@@ -1,4 +1,4 @@
-"""metrics.py: a step's numbers, worked out by hand."""
+"""metrics.py: a step's numbers, computed by hand."""
 
 import pytest
 
@@ -9,7 +9,7 @@ STATS = {"kl": 0.0125, "entropy": 0.5, "loss": 0.0, "skipped": 0, "not_finite": 
 
 
 def metrics(*areas: float) -> dict:
-    """Metrics of two groups of two completions with these area rewards, all in the right format."""
+    """Return the metrics of two groups of two well-formatted completions with these rewards."""
     return step_metrics(
         4,
         rewards=[Reward(area, 0.5, 0.5, 1.0, (3 - area) / 6) for area in areas],
@@ -37,7 +37,7 @@ def test_a_step_by_hand():
 
 
 def test_a_group_with_a_nan_has_no_spread():
-    """As in `grpo.has_spread`: it would teach nothing."""
+    """As in `grpo.has_spread`: such a group teaches nothing."""
     assert metrics(3.0, float("nan"), 1.0, -3.0)["no_spread_share"] == 0.5
 
 
@@ -52,7 +52,7 @@ def test_the_line_of_a_held_out_evaluation():
     summary = {"area_correctness_reward": 2.5, "relative_error_median": 0.052}
     summary |= {"two_decimals": 1.0, "strict_xml": 0.995}
     assert held_out_line(summary, steps_done=50) == (
-        "held out, after 50 steps: area 2.500 | median error 5.2 % | two decimals 100 % "
+        "held-out after 50 steps: area 2.500 | median error 5.2 % | two decimals 100 % "
         "| strict XML 100 %"
     )
 

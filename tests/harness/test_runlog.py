@@ -1,4 +1,4 @@
-"""runlog.py: what stands in the run folder."""
+"""runlog.py: the content of the run folder."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_an_existing_run_is_never_written_to(tmp_path):
 
 
 def test_runs_that_begin_together_each_get_a_folder(tmp_path):
-    """All have looked before any has made one."""
+    """All look before any creates a folder."""
     looked, folders = Barrier(4), []
 
     def begin():
@@ -98,7 +98,7 @@ def test_only_one_process_writes_and_the_orphans_of_a_dead_one_are_waited_for(tm
     log = create_run([tmp_path / "run"], config={}, device="cpu")
     with pytest.raises(RunError, match="another process is writing this run"):
         RunLog(tmp_path / "run")
-    orphan = os.fork()  # as a loader's worker is made
+    orphan = os.fork()  # as the loader starts its workers
     if orphan == 0:
         time.sleep(0.8)
         os._exit(0)
@@ -119,14 +119,14 @@ def test_a_tool_that_fails_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}
     told = capsys.readouterr().err
     assert (
-        "--report-to: the numbers after 1 steps are not shown: ConnectionError('no network')"
+        "--report-to: the numbers after 1 steps have not been logged: ConnectionError('no network')"
         in told
     )
-    assert "--report-to: may lack its end" in told
+    assert "--report-to: the last numbers may be missing" in told
 
 
 def test_a_resumed_run_stands_once_in_tensorboard(tmp_path):
-    """Killed after 3 steps and an evaluation, resumed at 2: nothing twice, no second run."""
+    """Killed after 3 steps, resumed after 2: no point appears twice, and no second run."""
     options = {"config": {"seed": 0}, "on_cpu": True}
     run = tmp_path / "run"
     log = create_run([run], config={}, device="cpu")
@@ -150,7 +150,7 @@ def test_a_resumed_run_stands_once_in_tensorboard(tmp_path):
 
 
 def test_code_that_another_repository_does_not_track_has_no_commit(tmp_path):
-    """As a copy in a folder of a home that is a repository."""
+    """For example a copy of the code in a home folder that is itself a repository."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
     (tmp_path / "notes.txt").write_text("1")
     copy = tmp_path / "copy"

@@ -1,6 +1,6 @@
-"""terminal.py: output that nobody can take is dropped, and decides over nothing.
+"""terminal.py: output that cannot be written is dropped, and never stops a run.
 
-What the output is connected to is real here: a pipe without a reader, a terminal that closes.
+The tests write to the real thing: a pipe without a reader, a terminal that closes.
 """
 
 import os
@@ -24,7 +24,10 @@ MAIN = [sys.executable, str(ROOT / "main.py"), *FLAGS.split()]
 
 
 def said(program: str, **environment: str) -> subprocess.CompletedProcess:
-    code = f"import sys; from harness.terminal import never_fail; never_fail(); {program}"
+    code = (
+        f"import sys; from harness.terminal import ignore_output_errors; "
+        f"ignore_output_errors(); {program}"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
 
@@ -37,7 +40,7 @@ def test_what_the_encoding_lacks_is_escaped():
 
 
 def test_a_line_is_there_as_soon_as_it_is_printed():
-    program = "print('first'); import os; os._exit(0)"  # nothing is flushed at the end
+    program = "print('first'); import os; os._exit(0)"  # exits without flushing
     assert said(program).stdout == b"first\n"
 
 
@@ -57,17 +60,20 @@ def test_what_cannot_be_written_is_dropped(broken, tmp_path):
         stream = replacement(before, descriptor)
     if broken == "closed":
         os.close(descriptor)
-    for _ in range(10_000):  # more than any buffer holds
+    for _ in range(10_000):  # more than any buffer can hold
         print("a line of some length", file=stream)
     stream.flush()
     stream.close()
 
 
 def test_no_file_takes_the_place_of_a_stream_that_the_shell_has_closed(tmp_path):
-    """With `>&-` the next file that is opened would be stdout, and get what is printed."""
+    """With `>&-`, the next file opened would become stdout and receive the printed text."""
     path = tmp_path / "log"
     program = f"file = open({str(path)!r}, 'w'); print('lost'); file.write('kept')"
-    code = f"import sys; from harness.terminal import never_fail; never_fail(); {program}"
+    code = (
+        f"import sys; from harness.terminal import ignore_output_errors; "
+        f"ignore_output_errors(); {program}"
+    )
     command = f'exec {sys.executable} -c "$CODE" >&- 2>&-'
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CODE": code}
     assert subprocess.run(["bash", "-c", command], env=environment).returncode == 0
@@ -75,7 +81,7 @@ def test_no_file_takes_the_place_of_a_stream_that_the_shell_has_closed(tmp_path)
 
 
 def test_ctrl_c_under_tee_saves_the_step(tmp_path):
-    """The terminal interrupts the whole pipeline: tee dies, and with it both streams."""
+    """The terminal interrupts the whole pipeline: tee dies, and both streams with it."""
     flags = ["--steps", "400", "--save-every", "0", "--runs", str(tmp_path), "--name", "tee"]
     reader, writer = os.pipe()
     process = subprocess.Popen([*MAIN, *flags], stdout=writer, stderr=writer)
