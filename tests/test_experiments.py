@@ -1,4 +1,4 @@
-"""experiments/: what is taken out is really out, and the README's tables are those of results/."""
+"""experiments/: ablations remove what they say, and the tables in docs/ are those of results/."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from harness import health
 from harness.runlog import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # last: it has a memory.py of its own
+sys.path.append(str(ROOT / "benchmarks"))  # last, because it has a memory.py too
 
 import growth  # noqa: E402
 
@@ -58,7 +58,7 @@ def test_without_kahan_a_small_update_of_a_bf16_weight_is_lost(take_out):
         weight = torch.nn.Parameter(torch.full((1,), 0.02, dtype=torch.bfloat16))
         optimizer = main.make_optimizer(config, SimpleNamespace(parameters=lambda w=weight: [w]))
         before = weight.item()
-        for _ in range(500):  # of 1e-6 each; the next bf16 is 1.2e-4 away
+        for _ in range(500):  # 1e-6 each; the next bf16 number is 1.2e-4 away
             weight.grad = torch.ones_like(weight)
             optimizer.step()
         moved[name] = before - weight.item()
@@ -89,10 +89,10 @@ def test_a_part_that_is_not_known_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", figures.ENTRIES)
-def test_the_tables_of_the_readme_are_those_of_the_results(name):
+def test_the_tables_in_the_docs_are_those_of_the_results(name):
     found = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
     _, tabulate, _ = figures.ENTRIES[name]
-    assert tabulate(found["numbers"]) in (ROOT / "README.md").read_text()
+    assert tabulate(found["numbers"]) in (ROOT / "docs" / "results.md").read_text()
     commits = {run["git_commit"] for run in [found["made_by"], *found["made_by"]["runs"].values()]}
     assert not any(commit.endswith("+changes") for commit in commits)
 
@@ -112,7 +112,7 @@ def test_errors_are_percent_by_group_one_per_seed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def an_entry(tmp_path, monkeypatch):
-    """An entry of two numbers whose figure cannot be drawn; where its files go."""
+    """The results folder of an entry with one number and a figure that cannot be drawn."""
 
     def fail(_):
         raise RuntimeError("latex could not be found\nHere is its log")
@@ -126,7 +126,7 @@ def an_entry(tmp_path, monkeypatch):
 
 
 def failing(call, capsys) -> tuple[str, str]:
-    """What a command says to stdout and stderr that ends with 2."""
+    """Return stdout and stderr of a command that must exit with code 2."""
     with pytest.raises(SystemExit) as stop:
         call()
     assert stop.value.code == 2
@@ -152,7 +152,7 @@ def test_the_picture_of_growth_py_costs_no_number(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(growth, "measure", lambda task: seconds)
     measured = ["--model", TINY, "--group-sizes", "2", "--lengths", "3"]
     growth.main([*measured, "--picture", str(tmp_path / "p")])
-    assert (tmp_path / "p").read_bytes().startswith(b"\x89PNG")  # what is told is what is there
+    assert (tmp_path / "p").read_bytes().startswith(b"\x89PNG")  # without a suffix too
     assert f"picture: {tmp_path / 'p'}\n" in capsys.readouterr().out
     out, err = failing(lambda: growth.main([*measured, "--picture", str(tmp_path)]), capsys)
     assert [line[:3] for line in out.splitlines()].count("| 2") == 1
@@ -164,12 +164,12 @@ def test_the_picture_of_growth_py_costs_no_number(tmp_path, capsys, monkeypatch)
 
 
 def commands() -> dict[str, list[str]]:
-    """The table of reproduce.sh, its abbreviations spelled out: name of a run -> its command."""
+    """Return the table of reproduce.sh with its abbreviations expanded: run -> command."""
     script = 'source <(sed "/^for entry/,$ d; /^mkdir/d" reproduce.sh); echo "$runs"'
     lines = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, cwd=ROOT / "experiments", check=True
     ).stdout.splitlines()
-    assert lines, "the script has moved"
+    assert lines, "reproduce.sh prints no runs"
     return {line.split()[0]: line.split()[1:] for line in lines if line}
 
 
