@@ -107,7 +107,7 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     pass_size: PassSize,
 ) -> tuple[list[Example], Rollout, dict[str, float | str]]:
-    """Roll out the next prompts, score, update; return examples, rollout and the step's metrics."""
+    """Roll out the next prompts and update; return examples, rollout and the step's metrics."""
     # host sync at every lap: the seconds of a phase include its own device work and no other
     watch = metrics.Stopwatch(torch.cuda.synchronize if config.device == "cuda" else lambda: None)
     lr = learning_rate(config, step)

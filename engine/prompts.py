@@ -143,12 +143,12 @@ def check_no_resize(processor: Qwen2VLImageProcessor, image_size: int) -> None:
     image = Image.new("RGB", (image_size, image_size))
     pictures, _ = process_vision_info([[user_turn(image, "")]])
     _, height, width = processor(images=pictures, return_tensors="pt")["image_grid_thw"][0].tolist()
-    seen = (width * processor.patch_size, height * processor.patch_size)
-    if seen != image.size:
+    resized = (width * processor.patch_size, height * processor.patch_size)
+    if resized != image.size:
         least, most = (processor.size[edge] for edge in PUBLISHED_PIXELS)
         raise ValueError(
-            f"--image-size {image_size}: the model's image processor would resize it to {seen[0]} "
-            f"x {seen[1]}; it accepts {least:,} to {most:,} pixels in total"
+            f"--image-size {image_size}: the model's image processor would resize it to "
+            f"{resized[0]} x {resized[1]}; it accepts {least:,} to {most:,} pixels in total"
         )
 
 

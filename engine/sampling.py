@@ -118,8 +118,8 @@ class Sampler:
         self.make_noise(temperature, generator)
         self.sample_token(hidden)
         check_every = FINISHED_CHECK_EVERY if self.model.device.type == "cuda" else 1
-        for drawn in range(1, self.max_new_tokens):
-            if drawn % check_every == 0:
+        for count in range(1, self.max_new_tokens):
+            if count % check_every == 0:
                 if self.finished.all():  # host sync
                     break
                 if self.advance == self.decode_step and self.run_layer is call_layer:

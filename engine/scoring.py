@@ -53,12 +53,12 @@ def completion_logprobs(
     border = packing.prompts * packing.prompt_length
     last_of_prompts = hidden[:border].unflatten(0, embeds.shape[:2])[:, -1]
     states = torch.cat([last_of_prompts.repeat_interleave(group_size, 0), hidden[border:]])
-    scores = ChunkedLogprobs.apply(
+    per_token = ChunkedLogprobs.apply(
         states.index_select(0, predictors), model.lm_head.weight, targets, temperature
     )
     return tuple(
-        score.new_zeros(rows * packing.longest).index_copy(0, packing.cells, score).view(rows, -1)
-        for score in scores
+        values.new_zeros(rows * packing.longest).index_copy(0, packing.cells, values).view(rows, -1)
+        for values in per_token
     )
 
 

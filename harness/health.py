@@ -148,9 +148,9 @@ def check_sampler_gap(metrics: dict, dtype: torch.dtype) -> None:
     if gap > allowed:
         raise Unhealthy(
             f"the log-probs of sampling and of the scoring pass differ by {gap:.4f} per token "
-            f"(rounding explains up to {allowed}). The "
-            f"policy would be trained on samples it did not draw: temperature, positions, masks or "
-            f"the key-value cache differ between sampling.Sampler and scoring.completion_logprobs"
+            f"(rounding explains up to {allowed}). The policy would be trained on samples that are "
+            f"not its own: temperature, positions, masks or the key-value cache differ between "
+            f"sampling.Sampler and scoring.completion_logprobs"
         )
 
 
