@@ -25,7 +25,7 @@ PLAIN = (  # (pattern, replacement), applied from top to bottom
     (r"\\[ ,;:!()\[\]]", " "),
     (r"[$~`{}_#\[\]\"\u2018\u2019\u201c\u201d]", " "),
     (r"(\*{1,3})(?=\S)([^*]+)\1(?![\d*])|\*\*([^*]+\*[^*]+)\*\*", r" \2\3 "),  # **400**
-    (r"²|\*\*\s*2(?![\d.])", "^2"),
+    (r"²|\*\*\s*2(?!\.?\d)", "^2"),
     (r"\\(?:times|cdot)(?![A-Za-z])|\btimes\b|[·\N{MULTIPLICATION SIGN}]", "*"),
     (r"(?<=[\d)\s])[xX](?=\s*[\d(])|(?<=\d)\s+by\s+(?=\d)", "*"),  # 20 x 20, 20 by 20
     (r"\\div(?![A-Za-z])|÷", "/"),
@@ -35,7 +35,7 @@ PLAIN = (  # (pattern, replacement), applied from top to bottom
     (r"\\approx(?![A-Za-z])|≈|\bequals\b", "="),
 )
 UNIT = r"(?<![A-Za-z])(?:[Uu]nits?|[cm]?m|in|ft|u|(?:[Cc]enti)?[Mm]eters?)(?![A-Za-z])"
-AREA_UNIT = re.compile(rf"({UNIT}\s*)(?:\^\s*\(?\s*2\s*\)?|2|squared)(?![\d.])")  # cm² -> cm
+AREA_UNIT = re.compile(rf"({UNIT}\s*)(?:\^\s*\(?\s*2\s*\)?|2|squared)(?!\.?\d)")  # cm² -> cm
 
 # The answer must then be one number, among words that leave its value alone. Any text before an
 # equals sign must be words too, or a calculation with that number as its result.

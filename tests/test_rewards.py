@@ -136,6 +136,13 @@ READ = [  # text of the answer, number that is parsed
     ("400.00 m", 400.0),
     ("400.00cm²", 400.0),
     ("400.00cm2", 400.0),
+    ("400.00 cm².", 400.0),
+    ("400.00 cm^2.", 400.0),
+    ("400.00 cm2.", 400.0),
+    ("400.00 units squared.", 400.0),
+    ("400.00 cm**2.", 400.0),
+    (r"The area is $20 \times 20 = \boxed{400.00}$ cm².", 400.0),  # as the README has it
+    ("400.00 cm2.5", None),
     ("400.00 cm^2", 400.0),
     ("400.00 (cm ²)", 400.0),
     # quotes, brackets, Markdown
