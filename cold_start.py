@@ -50,7 +50,7 @@ from engine.model_files import ModelError
 from engine.parallel import check_single_process
 from engine.prompts import Prompts, check_no_resize, encode_prompts
 from engine.scoring import completion_logprobs
-from engine.sizes import place, shape_config, trained_count
+from engine.sizes import resolve_placement, shape_config, trained_count
 from harness.terminal import ignore_output_errors
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from shapes import Shape, ShapeSpec, check_image_size, make_example
@@ -402,7 +402,7 @@ def starting_model(args: argparse.Namespace) -> Loaded:
         loaded.policy.to("cuda" if found_gpu and args.device != "cpu" else "cpu")
         return loaded
     check_compatible(args.model, image_size=args.image_size)
-    device, dtype = place(
+    device, dtype = resolve_placement(
         args.model,
         device=args.device,
         trained=trained_count(shape_config(args.model)),

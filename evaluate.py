@@ -19,14 +19,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import check_number
-from engine.batching import is_out_of_memory
 from engine.fastpath import prepare_gpu
 from engine.loading import check_compatible, load
 from engine.model_files import ModelError
 from engine.parallel import check_single_process, process_count, process_index
+from engine.passes import is_out_of_memory
 from engine.prompts import encode_prompts
 from engine.sampling import Sampler, completion_texts, make_generator, stop_ids
-from engine.sizes import place
+from engine.sizes import resolve_placement
 from harness.checkpoint import CheckpointError, checkpoints_of, steps_of
 from harness.runlog import RunError, read_description
 from harness.terminal import check_folder, ignore_output_errors, write_file
@@ -397,7 +397,7 @@ def main(arguments: list[str] | None = None) -> None:
         spec = ShapeSpec(args.min_size, args.max_size, rotation)
         check_compatible(target.weights, image_size=args.image_size)
         runs_here = {"device": args.device, "command_that_runs": "python evaluate.py tiny"}
-        device, dtype = place(target.weights, **runs_here)
+        device, dtype = resolve_placement(target.weights, **runs_here)
         loaded = load(target.weights, device=device, dtype=dtype)
     except (ValueError, ModelError, RunError, CheckpointError) as error:
         parser.error(str(error))

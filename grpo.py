@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.batching import PassSize, within_memory
 from engine.parallel import (
     all_reduce_gradients,
     all_reduce_max,
@@ -33,6 +32,7 @@ from engine.parallel import (
     gather,
     process_count,
 )
+from engine.passes import PassSize, within_memory
 from engine.prompts import Prompts, encode_images, send
 from engine.sampling import Sampler, completion_texts, stop_ids
 from engine.scoring import completion_logprobs

@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config, make_config, make_parser, saved_form, workload_of
-from engine.batching import PassSize
 from engine.fastpath import prepare_gpu, verify_triton
 from engine.loading import Loaded, check_compatible, check_files, load, trainable
 from engine.machine import threads_beside_others
 from engine.model_files import ModelError
 from engine.parallel import gather, is_main, process_count, process_index, rank_and_world_size
+from engine.passes import PassSize
 from engine.prompts import Prompts, encode_prompts
 from engine.sampling import Sampler, make_generator
-from engine.sizes import place
+from engine.sizes import resolve_placement
 from evaluate import evaluate, summarize
 from grpo import Rollout, add_reference_logprobs, collect_rollout, sync_reference, update
 from harness import checkpoint, metrics, runs
@@ -296,18 +296,18 @@ def prepare(config: Config, parsed: Namespace) -> tuple[Config, Loaded, RunLog, 
     The last is empty for a new run. Ends the process after a --dry-run. Raises `ValueError`,
     `OSError`, `ModelError`, `RunError` or `CheckpointError`, each one line for the user.
     """
-    run, place = getattr(parsed, "resume", None), Path(config.runs)
+    run, saved, folders = getattr(parsed, "resume", None), None, []
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     runs.connect_processes(config.prompts_per_step, on_cpu=on_cpu)
     if run:
         saved = runs.checkpoint_to_resume(run, **config.pick("steps", "model", "merge"))
     else:
         default_name = getattr(parsed, "preset", None) or Path(config.model).resolve().name
-        folders = runs.candidate_folders(place, config.name, default_name=default_name)
+        folders = runs.candidate_folders(Path(config.runs), config.name, default_name=default_name)
     check_compatible(config.model, image_size=config.image_size, lora_rank=config.lora_rank)
     if getattr(parsed, "dry_run", False):
         print(check_files(config.model))
-        disk = disk_needs(workload_of(config), run or place, **config.disk_options)
+        disk = disk_needs(workload_of(config), run or Path(config.runs), **config.disk_options)
         sys.exit(0 if print_needs(workload_of(config), disk) else 2)
     config = with_device(config)
     options = config.pick("device", "dtype", "freeze_vision", "lora_rank", "seed")
@@ -316,7 +316,7 @@ def prepare(config: Config, parsed: Namespace) -> tuple[Config, Loaded, RunLog, 
     if run:
         optimizer = make_optimizer(config, loaded.policy)
         steps_done = checkpoint.restore(saved, loaded, optimizer) if saved else 0
-        log = runs.reopen(run, steps_done=steps_done, **described)
+        log = runs.resume_run(run, steps_done=steps_done, **described)
         resumed = {"optimizer": optimizer, "steps_done": steps_done}
     else:
         log, resumed = runs.start_run(folders, **described), {}
@@ -328,7 +328,7 @@ def prepare(config: Config, parsed: Namespace) -> tuple[Config, Loaded, RunLog, 
 
 def with_device(config: Config) -> Config:
     """Return the options with "auto" replaced by a device and a dtype. Raises `ModelError`."""
-    device, dtype = place(
+    device, dtype = resolve_placement(
         config.model,
         device=config.device,
         dtype=config.dtype,

@@ -49,6 +49,7 @@ COLUMNS = {  # key of a completion: heading and number format
 INK, LINE, DOT = "#000001", "#000002", "#000003"  # placeholders: the page may be light or dark
 THEME = {INK: "var(--soft)", LINE: "rgb(var(--blue))", DOT: "rgb(var(--orange))"}
 NOT_A_RECORD = (ValueError, TypeError, AttributeError, IndexError, ArithmeticError)
+NOT_A_RECORD += (RecursionError,)  # JSON of a hostile depth
 
 
 # --- reading ------------------------------------------------------------------------------
@@ -71,6 +72,9 @@ def read_description(run: Path) -> tuple[dict, dict]:
         options = made.pop("config")
         check_image_size(options["image_size"])
         made["versions"] = ", ".join(f"{key} {value}" for key, value in made["versions"].items())
+        if "resumed" in made:
+            resumes = [f"after {each['steps_done']}: {each['command']}" for each in made["resumed"]]
+            made["resumed"] = "; ".join(resumes)
     except (KeyError, *NOT_A_RECORD) as error:
         raise PlotError(f"{path}: does not describe a run: {error!r}") from error
     return {key: value for key, value in made.items() if isinstance(value, str)}, options
@@ -118,6 +122,8 @@ def parse_group(line: dict, *, image_size: int) -> dict:
 
 def parse_completion(completion: dict) -> dict:
     """Return a completion's text, its numbers and the sum of its rewards."""
+    if not isinstance(completion["text"], str):
+        raise ValueError(f"the text of a completion cannot be {completion['text']!r}")
     numbers = {key: known(completion[key]) for key in COLUMNS if key != "total"}
     total = sum(numbers[key] for key in ("area_correctness", "area_format", "xml_format"))
     return {"text": completion["text"], "total": total, **numbers}
@@ -163,12 +169,13 @@ def curve_figure(key: str, steps: list[dict], evaluations: list[dict]) -> Figure
     figure = Figure(figsize=(4, 2), layout="constrained")
     axes = figure.add_subplot()
     x, y = curve(steps, key, "steps")
-    axes.plot(x, y, color=LINE, alpha=0.3, linewidth=1)
+    axes.plot(x, y, color=LINE, alpha=0.4, linewidth=1)
     axes.plot(x, moving_average(y, WINDOW), color=LINE, linewidth=2)
     axes.plot(*curve(evaluations, key, "steps"), "o", color=DOT, markersize=4)
     if limits:
         margin = 0.05 * (limits[1] - limits[0])
         axes.set_ylim(limits[0] - margin, limits[1] + margin)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(colors=INK, labelsize=7.5, length=0)
     axes.grid(color=INK, alpha=0.2, linewidth=0.5)
     axes.spines[:].set_visible(False)
@@ -304,7 +311,7 @@ def write_whole(path: Path, text: str) -> None:
 def check_place(path: Path) -> None:
     """Raise `PlotError` if it is already clear that the file cannot be written."""
     if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PlotError(f"--out {path}: must be a file, in a folder that can be written to")
+        raise PlotError(f"{path}: must be a file in a writable folder; --out names another one")
 
 
 def step_numbers(text: str | None) -> list[int] | None:

@@ -42,7 +42,6 @@ from engine.attention import (
     one_token_attention,
     suffix_attention,
 )
-from engine.batching import PassSize
 from engine.fastpath import (
     check_matmul,
     matmul_fp32,
@@ -51,6 +50,7 @@ from engine.fastpath import (
     verify_triton,
 )
 from engine.loading import Loaded, add_adapter, trainable, use_own_attention
+from engine.passes import PassSize
 from engine.prompts import Prompts, embed_prompts, encode_images
 from engine.sampling import CAPTURED, COMPILED, Completions, Sampler, make_generator
 from engine.scoring import completion_logprobs

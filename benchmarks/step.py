@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main as trainer  # noqa: E402
-from engine.batching import PassSize  # noqa: E402
 from engine.fastpath import prepare_gpu  # noqa: E402
 from engine.loading import load  # noqa: E402
+from engine.passes import PassSize  # noqa: E402
 
 TRAINERS = {
     "own": "this trainer",

@@ -120,7 +120,7 @@ def trained_count(
 # --- where it runs ----------------------------------------------------------------------
 
 
-def place(
+def resolve_placement(
     model: str,
     *,
     device: str = "auto",

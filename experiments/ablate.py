@@ -71,7 +71,9 @@ def take_out(part: str) -> None:
 
 def run() -> None:
     """Train with main.py's flags, without the part that the first argument names."""
-    part, *flags = sys.argv[1:] or [""]
+    part, *flags = sys.argv[1:] or ["--help"]
+    if part in ("-h", "--help"):
+        sys.exit(f"{__doc__}\nThe first argument: {', '.join(ABLATIONS)}")
     if part not in ABLATIONS:
         sys.exit(f"ablate.py {part}: the first argument must be one of: {', '.join(ABLATIONS)}")
     take_out(part)

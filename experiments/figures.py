@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from harness.runlog import provenance, read_description
 from harness.terminal import ignore_output_errors, write_file
-from plot_rewards import averages
+from plot_rewards import PlotError, averages
 from shapes import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -405,7 +405,11 @@ def main() -> None:
         sys.exit(f"figures.py: the argument must be one of: {', '.join(ENTRIES)}")
     name = sys.argv[1]
     find, tabulate, draw = ENTRIES[name]
-    numbers = find()
+    try:
+        numbers = find()
+    except (FileNotFoundError, PlotError) as error:
+        again = f"rm -f experiments/results/{name}.txt; experiments/reproduce.sh {name}"
+        sys.exit(f"figures.py: {error}; what makes it: {again}")
     print(tabulate(numbers))
     made = made_by(list(numbers), CONFIRM_SEEDS if name == "confirm" else SEEDS)
     text = json.dumps(rounded({"made_by": made, "numbers": numbers}), indent=1, ensure_ascii=False)

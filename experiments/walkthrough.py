@@ -19,8 +19,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import main as trainer
 from config import make_config, make_parser
-from engine.batching import PassSize
 from engine.loading import load
+from engine.passes import PassSize
 from engine.scoring import completion_logprobs
 from grpo import Rollout, k3_kl, token_weights
 from harness.terminal import ignore_output_errors

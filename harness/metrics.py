@@ -1,4 +1,4 @@
-"""The log entries of a step: its metrics, its line on the terminal, and a sample of its text."""
+"""What a step leaves in the logs, and on the terminal: metrics, seconds, peak memory, a sample."""
 
 import dataclasses
 import statistics
@@ -31,7 +31,7 @@ def step_metrics(
     """
     rewards, lengths, truncated = gather(rewards), gather(lengths), gather(truncated)
     totals = torch.tensor([reward.total for reward in rewards]).view(-1, group_size)
-    has_spread = totals.amax(1) > totals.amin(1)  # equal rewards teach nothing
+    has_spread = totals.amax(1) > totals.amin(1)  # as `grpo.has_spread`, for all processes' groups
     step_s = sum(seconds.values())
     return {
         "step": step,

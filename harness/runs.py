@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from engine.batching import is_out_of_memory
 from engine.loading import Loaded
 from engine.parallel import barrier, connect, gather, is_main, process_count
+from engine.passes import is_out_of_memory
 from harness import checkpoint
 from harness.health import Unhealthy, launcher_limit
 from harness.runlog import (
@@ -35,8 +35,8 @@ from harness.runlog import (
 def connect_processes(prompts_per_step: int, *, on_cpu: bool) -> None:
     """Connect the processes that `accelerate launch` started; silence all but the main one.
 
-    Raises `ValueError` if they cannot split a step's prompts evenly; see also
-    `rank_and_world_size`.
+    That replaces the `sys.stdout` of the others. Raises `ValueError` if they cannot split a step's
+    prompts evenly; see also `rank_and_world_size`.
     """
     connect(on_cpu=on_cpu)
     if prompts_per_step % process_count():
@@ -51,19 +51,19 @@ def connect_processes(prompts_per_step: int, *, on_cpu: bool) -> None:
         print(warning)
 
 
-def candidate_folders(runs: Path, name: str, *, default_name: str) -> Iterable[Path]:
+def candidate_folders(parent: Path, name: str, *, default_name: str) -> Iterable[Path]:
     """Return the folders that a new run may use, in order; with a name, only that one.
 
-    Raises `ValueError` if the named folder exists, or if `runs` is not writable.
+    Raises `ValueError` if the named folder exists, or if `parent` is not writable.
     """
-    existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+    existing = next(path for path in (parent, *parent.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"--runs {runs}: cannot write to {existing}")
+        raise ValueError(f"--runs {parent}: cannot write to {existing}")
     if not name:
-        return numbered_folders(runs, default_name)
-    folder = runs / name
+        return numbered_folders(parent, default_name)
+    folder = parent / name
     if Path(name).name != name:
-        raise ValueError(f"--name {name}: must be the name of a folder in {runs}")
+        raise ValueError(f"--name {name}: must be the name of a folder in {parent}")
     if folder.exists():
         raise ValueError(f"--name {name}: {folder} exists; runs are never overwritten")
     return [folder]
@@ -137,8 +137,8 @@ def create_with_tracker(
     return log
 
 
-def reopen(run: Path, *, config: dict, report_to: str, device: str, steps_done: int) -> RunLog:
-    """Return the log of a run that resumes after `steps_done` steps, without its later lines.
+def resume_run(run: Path, *, config: dict, report_to: str, device: str, steps_done: int) -> RunLog:
+    """Return the log of a run that resumes after `steps_done` steps; cut off the lines after them.
 
     Raises `RunError`, and then cuts no line.
     """

@@ -1,6 +1,7 @@
 """README and docs/: links work, commands and flags exist, numbers are those of the code."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -111,6 +112,47 @@ def test_every_option_is_documented():
     assert rows == {flag for flag in flags if not flag.startswith("--no-")}
 
 
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(config.Config)}
+
+
+def rows_of(text: str) -> list[tuple[list[str], list[str]]]:
+    """The rows of tables of options: the options' names, and the other cells."""
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `--")]
+    return [
+        (
+            [name.replace("-", "_") for name in re.findall(r"--([\w-]+)", first)],
+            [cell.strip().strip("`") for cell in rest],
+        )
+        for first, *rest in rows
+    ]
+
+
+def is_shown(value, cell: str) -> bool:
+    if isinstance(value, bool):
+        return cell == ("on" if value else "off")
+    return float(cell) == value if isinstance(value, int | float) else cell == value
+
+
+def test_the_defaults_in_the_docs_are_those_of_the_code():
+    text = (ROOT / "docs/running.md").read_text()
+    rows = rows_of(text[text.index("### Model") : text.index("## The metrics")])
+    assert {name for (name,), _ in rows} == DEFAULTS.keys()
+    for (name,), (default, tiny, _) in rows:
+        if name not in ("model", "name"):  # a folder; none
+            assert is_shown(DEFAULTS[name], default), name
+            preset = config.PRESETS["tiny"].get(name)
+            assert tiny == "" if preset is None else is_shown(preset, tiny), name
+
+
+def test_the_defaults_in_the_readme_are_those_of_the_code():
+    text = (ROOT / "README.md").read_text()
+    rows = rows_of(text[text.index("## Flags people change") : text.index("## What a run leaves")])
+    assert len(rows) == 10
+    for names, (defaults, _) in rows:
+        for name, default in zip(names, defaults.split(", "), strict=True):
+            assert is_shown(DEFAULTS[name], default), name
+
+
 # --- numbers ------------------------------------------------------------------------------
 
 
@@ -153,6 +195,18 @@ def test_the_numbers_of_the_walkthrough_are_those_of_the_step(blocks):
         assert is_same(block, made), made
 
 
+def test_the_numbers_in_the_text_of_the_walkthrough_stand_in_its_blocks():
+    page = (ROOT / "docs/walkthrough.md").read_text().replace("\N{MINUS SIGN}", "-")
+    blocks = re.findall(r"^```\n.*?\n```$", page, re.S | re.M)
+    text = page
+    for block in blocks:
+        text = text.replace(block, "")
+    numbers = re.findall(r"(?<![\w.])[+-]?\d\.\d{3,}", text)
+    assert len(numbers) >= 7
+    for number in numbers:
+        assert number in "".join(blocks), number
+
+
 def test_what_the_walkthrough_says_of_its_plot(step):
     page = (ROOT / "docs/walkthrough.md").read_text()
     shape = step.example.shape
@@ -162,9 +216,10 @@ def test_what_the_walkthrough_says_of_its_plot(step):
 
 def test_the_diagram_shows_the_rewards_and_advantages_of_the_walkthrough(step):
     diagram = (ROOT / "docs/img/step.svg").read_text().replace("\N{MINUS SIGN}", "-")
-    for reward, advantage in zip(step.rollout.rewards, step.rollout.advantages[0], strict=True):
-        assert f">{reward.total:.2f}<" in diagram
-        assert f">{advantage:+.2f}<" in diagram
+    shown = re.findall(r">([+-]?\d\.\d\d)<", diagram)
+    rewards = [f"{reward.total:.2f}" for reward in step.rollout.rewards]
+    advantages = [f"{advantage:+.2f}" for advantage in step.rollout.advantages[0]]
+    assert shown == [*rewards, *advantages]
     assert f"true area {step.example.area:.2f}" in diagram
 
 

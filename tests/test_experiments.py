@@ -125,6 +125,16 @@ def an_entry(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize("name", ["base", "variations"])
+def test_without_runs_a_figure_says_what_makes_them(name, tmp_path, monkeypatch):
+    for folder in ("RUNS", "HELD_OUT"):
+        monkeypatch.setattr(figures, folder, tmp_path)
+    monkeypatch.setattr("sys.argv", ["figures.py", name])
+    with pytest.raises(SystemExit, match=f"what makes it: .*reproduce.sh {name}$") as stop:
+        figures.main()
+    assert "\n" not in str(stop.value)
+
+
 def failing(call, capsys) -> tuple[str, str]:
     """Return stdout and stderr of a command that must exit with code 2."""
     with pytest.raises(SystemExit) as stop:

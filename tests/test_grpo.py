@@ -12,7 +12,7 @@ import torch
 from conftest import random_completions, scored
 
 import grpo
-from engine.batching import ALL_LAYERS, PassSize
+from engine.passes import ALL_LAYERS, PassSize
 from engine.sampling import Sampler
 from grpo import (
     LOSSES,

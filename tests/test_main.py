@@ -21,8 +21,8 @@ import evaluate
 import main
 from config import Config, workload_of
 from engine.attention import IMPLEMENTATION
-from engine.batching import PassSize
 from engine.loading import load, use_own_attention
+from engine.passes import PassSize
 from harness.runlog import create_run, read_lines
 from main import learning_rate
 from shapes import ShapeSpec, make_example

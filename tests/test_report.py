@@ -449,9 +449,9 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_drawn(
     run = make_run()
     monkeypatch.setattr(report, "page", None)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    told = f"--out {tmp_path / out}: must be a file, in a folder that can be written to"
+    told = f"{tmp_path / out}: must be a file in a writable folder"
     assert told in refused(run, capsys, "--out", str(tmp_path / out))
-    assert "must be a file, in a folder" in refused(run, capsys)
+    assert "must be a file in a writable folder" in refused(run, capsys)
 
 
 def test_output_that_cannot_be_written_costs_no_page(make_run):

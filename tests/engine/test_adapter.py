@@ -28,9 +28,9 @@ from test_sampling import both_kinds, make_sampler, stock_generate
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 import main
-from engine.batching import PassSize
 from engine.loading import Loaded, add_adapter, load, trainable
 from engine.model_files import ModelError
+from engine.passes import PassSize
 from engine.sizes import ADAPTED, shape_config, trained_count
 from evaluate import main as evaluate
 from grpo import add_reference_logprobs, backward, grpo_loss, token_weights, update

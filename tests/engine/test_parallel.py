@@ -24,9 +24,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import grpo
 import main
 from config import workload_of
-from engine.batching import PassSize
 from engine.loading import load
 from engine.parallel import connect, process_index, rank_and_world_size
+from engine.passes import PassSize
 from harness import checkpoint, runs
 from harness.checkpoint import CheckpointError, checkpoints_of
 from harness.memory import estimate, resident_bytes

@@ -6,7 +6,7 @@ from conftest import TINY
 
 from engine.loading import load
 from engine.model_files import ModelError
-from engine.sizes import parameter_count, place, shape_config
+from engine.sizes import parameter_count, resolve_placement, shape_config
 
 
 def test_parameter_counts():
@@ -28,7 +28,7 @@ def test_the_shapes_known_without_a_download(model, parameters):
 def test_a_machine_without_gpu_is_told_what_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError) as refusal:
-        place(
+        resolve_placement(
             "Qwen/Qwen2.5-VL-7B-Instruct",
             trained=8_292_166_656,
             reference=True,
@@ -46,9 +46,9 @@ def test_too_little_memory_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("engine.sizes.free_memory", lambda device: (1000, 2000))
     with pytest.raises(ModelError, match=r"found: 0\.0 GiB free on cpu"):
-        place(TINY, command_that_runs="nothing")
+        resolve_placement(TINY, command_that_runs="nothing")
 
 
 def test_a_small_model_goes_to_the_cpu_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert place(TINY, trained=1000, command_that_runs="") == ("cpu", "float32")
+    assert resolve_placement(TINY, trained=1000, command_that_runs="") == ("cpu", "float32")

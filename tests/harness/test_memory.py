@@ -14,9 +14,9 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from config import workload_of
 from engine import fastpath, sampling, scoring
-from engine.batching import PassSize
 from engine.fastpath import prepare_gpu
 from engine.loading import Loaded, add_adapter, load, trainable, use_own_attention
+from engine.passes import PassSize
 from engine.prompts import Prompts
 from engine.sizes import GIB, shape_config
 from harness.memory import (

@@ -2,17 +2,20 @@
 
 import pytest
 
-from harness.metrics import Stopwatch, held_out_line, step_metrics, terminal_line
+from engine.sizes import GIB
+from harness import metrics as harness_metrics
+from harness.metrics import Stopwatch, group_sample, held_out_line, step_metrics, terminal_line
 from rewards import Reward
+from shapes import ShapeSpec, make_example
 
 STATS = {"kl": 0.0125, "entropy": 0.5, "loss": 0.0, "skipped": 0, "not_finite": ""}
 
 
 def metrics(*areas: float) -> dict:
-    """Return the metrics of two groups of two well-formatted completions with these rewards."""
+    """Return the metrics of two groups of two completions with these area rewards."""
     return step_metrics(
         4,
-        rewards=[Reward(area, 0.5, 0.5, 1.0, (3 - area) / 6) for area in areas],
+        rewards=[Reward(area, 0.5, 0.0, 1.0, (3 - area) / 6) for area in areas],
         lengths=[10, 20, 30, 40],
         truncated=[False, False, False, True],
         prompts_per_step=2,
@@ -26,14 +29,32 @@ def metrics(*areas: float) -> dict:
 def test_a_step_by_hand():
     found = metrics(3.0, 3.0, 1.0, -3.0)
     assert (found["step"], found["prompts"]) == (4, 10)
-    assert (found["reward_mean"], found["area_correctness_reward"]) == (2.0, 1.0)
-    assert found["reward_std"] == pytest.approx(8**0.5)  # totals 4, 4, 2, -2: (4 + 4 + 0 + 16) / 3
+    assert (found["reward_mean"], found["area_correctness_reward"]) == (1.5, 1.0)
+    assert (found["area_format_reward"], found["xml_format_reward"]) == (0.5, 0.0)
+    assert found["reward_std"] == pytest.approx(8**0.5)  # of 3.5, 3.5, 1.5, -2.5
     assert found["relative_error"] == pytest.approx(1 / 6)  # median of 0, 0, 1/3, 1
     assert (found["completion_length_mean"], found["completion_length_max"]) == (25.0, 40)
     assert (found["truncated_share"], found["no_spread_share"]) == (0.25, 0.5)
     assert (found["step_s"], found["tokens_per_s"]) == (4.0, 25.0)
     assert found["kl"] == 0.0125
-    assert found["peak_gib"] > 0
+
+
+def test_the_peak_is_that_of_the_process_that_needs_most(monkeypatch):
+    monkeypatch.setattr(harness_metrics, "peak_memory", lambda: 3 * GIB)
+    with_another = lambda items: [*items, GIB] if items == [3 * GIB] else items  # noqa: E731
+    monkeypatch.setattr(harness_metrics, "gather", with_another)
+    assert metrics(3.0, 3.0, 1.0, -3.0)["peak_gib"] == 3.0
+
+
+def test_a_sample_is_an_example_with_all_completions_of_its_group():
+    example = make_example(ShapeSpec(), seed=0, split="train", index=7, image_size=56)
+    rewards = [Reward(3.0, 0.5, 0.0, 400.0, 0.0), Reward(-3.0, 0.0, 0.5, None, 1.0)]
+    sample = group_sample(9, example, texts=["a", "b"], rewards=rewards, advantages=[0.7, -0.7])
+    assert (sample["step"], sample["index"], sample["area"]) == (9, 7, example.area)
+    assert sample["shape"]["kind"] == example.shape.kind
+    first, second = sample["completions"]
+    assert (first["text"], first["advantage"], first["predicted"]) == ("a", 0.7, 400.0)
+    assert (second["text"], second["advantage"], second["xml_format"]) == ("b", -0.7, 0.5)
 
 
 def test_a_group_with_a_nan_has_no_spread():
@@ -43,7 +64,7 @@ def test_a_group_with_a_nan_has_no_spread():
 
 def test_the_line_on_the_terminal():
     assert terminal_line(metrics(3.0, 3.0, 1.0, -3.0), steps=200) == (
-        "step   4/200 | reward  2.000 | area  1.000 | decimals 0.500 | xml 0.500 | error 16.7 % "
+        "step   4/200 | reward  1.500 | area  1.000 | decimals 0.500 | xml 0.000 | error 16.7 % "
         "| kl 0.0125 | entropy 0.500 | tokens  25.0 | 4.00 s"
     )
 
