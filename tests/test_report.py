@@ -174,11 +174,23 @@ def test_curves_and_held_out_evaluations_are_drawn(make_run):
 
 
 def test_the_head_says_how_the_run_was_made(make_run):
-    page = page_of(make_run(sample(0), git_commit=None, device="cpu", resumed=[{}]))
+    resumed = [{"steps_done": 3, "command": "again"}, {"steps_done": 5, "command": "once more"}]
+    page = page_of(make_run(sample(0), git_commit=None, device="cpu", resumed=resumed))
     assert page.text_of("title") == page.text_of("h1") == ["run"]
-    assert page.text_of("dt") == ["command", "versions", "device", "image size", "seed"]
-    assert page.text_of("dd") == ["python main.py", "torch 2.1, numpy 2.2", "cpu", "224", "7"]
+    assert page.text_of("dt") == ["command", "versions", "device", "resumed", "image size", "seed"]
+    made = ["python main.py", "torch 2.1, numpy 2.2", "cpu", "after 3: again; after 5: once more"]
+    assert page.text_of("dd") == [*made, "224", "7"]
     assert page.text_of("summary") == ["All options"]
+
+
+def test_a_text_that_is_none_and_json_of_a_hostile_depth_are_damage(make_run, capsys):
+    run = make_run(sample(0))
+    lines = (run / "samples.jsonl").read_text()
+    record = json.loads(lines)
+    record["completions"][0]["text"] = None
+    for line in (json.dumps(record), "[" * 100_000):
+        (run / "samples.jsonl").write_text(line + "\n")
+        assert "samples.jsonl: line 1 is damaged" in refused(run, capsys)
 
 
 def test_steps_are_chosen(make_run, capsys):
