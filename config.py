@@ -71,6 +71,9 @@ class Config:
     correctness: str = option(
         "linear", "shape of the area reward: see penalty in rewards.py", choices=CORRECTNESS
     )
+    reward_weights: str = option(
+        "1,1,1", "weights of the area, decimals and XML rewards in their sum"
+    )
     # rollout
     steps: int = option(750, "training steps, each a rollout and its updates", least=1, free=True)
     prompts_per_step: int = option(4, "plots per step, over all processes", least=1)
@@ -153,6 +156,11 @@ class Config:
     def disk_options(self) -> dict:
         """The options that determine the disk space of a run."""
         return self.pick("steps", "save_every", "keep", "merge") | self.checkpoint_parts
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """`reward_weights` as numbers. Raises `ValueError` if it is not three numbers."""
+        return tuple(float(weight) for weight in self.reward_weights.split(","))
 
     @property
     def layers_to_checkpoint(self) -> int | None:
@@ -356,8 +364,22 @@ def check(config: Config, given: dict) -> None:
         raise ValueError(
             f"--report-to {config.report_to}: needs its package: pip install {config.report_to}"
         )
+    check_weights(config)
     check_image_size(config.image_size)
     _ = config.spec  # raises for shapes that do not fit
+
+
+def check_weights(config: Config) -> None:
+    """Raise `ValueError` unless --reward-weights is three weights, of which one counts."""
+    try:
+        weights = config.weights
+    except ValueError:
+        weights = ()
+    if len(weights) != 3 or not all(0 <= weight <= 1000 for weight in weights) or not any(weights):
+        raise ValueError(
+            f"--reward-weights {config.reward_weights}: must be three numbers from 0 to 1000, not "
+            f"all 0, such as 1,1,1"
+        )
 
 
 def check_adapter(config: Config, given: dict) -> None:

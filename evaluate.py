@@ -33,6 +33,7 @@ from harness.terminal import check_folder, ignore_output_errors, write_file
 from rewards import CORRECTNESS, REASONING_TAGS, SYSTEM_MESSAGE, Reward, make_prompt, score
 from shapes import KINDS, Figure, Shape, ShapeSpec, check_image_size, make_example
 
+PASS_AT = (1, 4, 16, 64)  # numbers of samples in which a right one is looked for
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 SIZE_THIRDS = ("small", "medium", "large")  # thirds of the examples, by true area
 COLUMNS = {  # table heading -> key in `summarize`
@@ -43,6 +44,11 @@ COLUMNS = {  # table heading -> key in `summarize`
     "median": "relative_error_median",
 }
 RATE_COLUMNS = {"dec. %": "two_decimals", "xml %": "strict_xml"}
+WORDS = {  # of the table about the reasoning: heading -> key, judged only where words allow it
+    "class named": "shape_named",
+    "answer follows": "answer_follows",
+    "arithmetic right": "arithmetic_right",
+}
 SHARE_COLUMNS = {"within 5 %": "within_5_percent", "within 10 %": "within_10_percent"}
 
 
@@ -70,10 +76,12 @@ def evaluate(
     correctness: str,
     batch_size: int,
     temperature: float = 0.0,
+    samples: int = 1,
 ) -> Iterator[Answer]:
     """Yield the model's answers to the first `examples` of the "eval" split; greedy by default.
 
-    With several processes, each answers every n-th batch and yields only its own answers.
+    Each example has `samples` answers, one after the other. With several processes, each answers
+    every n-th batch and yields only its own answers.
     """
     prompt, model = make_prompt(reasoning_tag), sampler.model
     first, stride = process_index() * batch_size, process_count() * batch_size
@@ -87,13 +95,15 @@ def evaluate(
             encode_prompts(processor, images, system=SYSTEM_MESSAGE, prompt=prompt).to(
                 model.device
             ),
-            group_size=1,
+            group_size=samples,
             temperature=temperature,
             generator=make_generator(model.device, seed, start),
         )
         texts = completion_texts(processor, completions, stop_ids(model))
-        for example, text in zip(batch[: examples - start], texts, strict=False):
-            reward = score(text, example.area, reasoning_tag=reasoning_tag, correctness=correctness)
+        options = {"reasoning_tag": reasoning_tag, "correctness": correctness}
+        for row, text in enumerate(texts[: (examples - start) * samples]):
+            example = batch[row // samples]
+            reward = score(text, example.area, kind=example.shape.kind, **options)
             yield Answer(example.shape, text, reward)
 
 
@@ -116,6 +126,9 @@ def summarize(answers: list[Answer]) -> dict[str, float]:
         **share("two_decimals", [r.area_format > 0 for r in rewards]),
         **share("strict_xml", [r.xml_format > 0 for r in rewards]),
         **share("readable", [r.predicted is not None for r in rewards]),
+        **share_of_judged("shape_named", [r.shape_named for r in rewards]),
+        **share_of_judged("answer_follows", [r.answer_follows for r in rewards]),
+        **share_of_judged("arithmetic_right", [r.arithmetic_right for r in rewards]),
     }
 
 
@@ -123,6 +136,16 @@ def share(name: str, hits: list[bool]) -> dict[str, float]:
     """Return the share of hits and its interval as `name`, `name_low`, `name_high`."""
     low, high = wilson_interval(sum(hits), len(hits))
     return {name: sum(hits) / len(hits), f"{name}_low": low, f"{name}_high": high}
+
+
+def share_of_judged(name: str, hits: list[bool | None]) -> dict[str, float | None]:
+    """Return the `share` among hits that are not None, and how many are, as `name_judged`.
+
+    The share and its interval are None if all are.
+    """
+    judged = [hit for hit in hits if hit is not None]
+    found = share(name, judged) if judged else dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    return {**found, f"{name}_judged": len(judged) / len(hits)}
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
@@ -136,6 +159,32 @@ def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
     center = (p + z2 / (2 * trials)) / (1 + z2 / trials)
     half = math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) * Z_95 / (1 + z2 / trials)
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def pass_at_k(samples: int, hits: int, k: int) -> float:
+    """Return the chance that k of so many samples, of which `hits` are right, hold a right one.
+
+    Unbiased: 1 - C(samples - hits, k) / C(samples, k) (Chen et al. 2021, arXiv:2107.03374).
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
+    (0.25, 0.5, 1.0)
+    """
+    return 1 - math.comb(samples - hits, k) / math.comb(samples, k)
+
+
+def passes(answers: list[Answer], samples: int) -> dict[int, tuple[float, float]]:
+    """Return pass@k for "within 5 %", by k: the mean over examples, and half its 95 % interval.
+
+    `answers` hold so many samples of one example after the other.
+    """
+    groups = [answers[i : i + samples] for i in range(0, len(answers) - samples + 1, samples)]
+    hits = [sum(answer.reward.relative_error <= 0.05 for answer in group) for group in groups]
+    found = {}
+    for k in [k for k in PASS_AT if k <= samples] if groups else []:
+        values = [pass_at_k(samples, hit, k) for hit in hits]
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        found[k] = (statistics.fmean(values), Z_95 * spread / math.sqrt(len(values)))
+    return found
 
 
 def groups_of(answers: list[Answer]) -> dict[str, list[Answer]]:
@@ -164,6 +213,19 @@ def summary_table(summaries: dict[str, dict[str, float]]) -> str:
         for key in SHARE_COLUMNS.values():
             value, low, high = (100 * summary[key + end] for end in ("", "_low", "_high"))
             line += f"{value:>8.1f} ({low:4.1f}-{high:5.1f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def words_table(summaries: dict[str, dict[str, float]]) -> str:
+    """Return the checks of the reasoning as an aligned table: percent, and of how many answers."""
+    lines = [f"{'':9}" + "".join(f"{heading + ' %':>27}" for heading in WORDS)]
+    for name, summary in summaries.items():
+        line = f"{name:9}"
+        for key in WORDS.values():
+            judged = round(summary[f"{key}_judged"] * summary["examples"])
+            share = f"{100 * summary[key]:.1f}" if judged else "-"
+            line += f"{f'{share} of {judged}':>27}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -199,7 +261,7 @@ def plot_answers(answers: list[Answer], path: Path, *, title: str) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser. Omitted task flags are None: `resolve_args` fills them in."""
+    """Return the parser. `resolve_args` fills in omitted task flags."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description="Evaluate a run's final model (or newest checkpoint), or any Qwen2.5-VL model, "
@@ -207,8 +269,37 @@ def make_parser() -> argparse.ArgumentParser:
         "Task flags default to the run's own values, also for a model inside a run folder.",
     )
     parser.add_argument("target", metavar="RUN_OR_MODEL", help="run folder, model folder or hub id")
-    number = {"type": float, "metavar": "X"}
-    count = {"type": int, "metavar": "N"}
+    number, count = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}
+    add_task_flags(parser)
+    parser.add_argument("--max-new-tokens", **count, help="token limit of an answer")
+    parser.add_argument("--examples", **count, default=256, help="held-out examples; default: 256")
+    parser.add_argument("--batch-size", **count, default=32, help="answers per batch; default: 32")
+    parser.add_argument(
+        "--temperature", **number, default=0.0, help="sampling temperature; default: 0, greedy"
+    )
+    parser.add_argument(
+        "--samples",
+        **count,
+        default=1,
+        help="answers per example, sampled: prints pass@k (needs --temperature); default: 1",
+    )
+    parser.add_argument("--show", **count, default=3, help="answers to print; default: 3")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all numbers and answers here"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="plot file; default: evaluation.png in the run folder, else in the current folder",
+    )
+    return parser
+
+
+def add_task_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that set the task; omitted ones are None."""
+    number, count = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}
     parser.add_argument("--min-size", **number, help="smallest dimension in grid units")
     parser.add_argument("--max-size", **number, help="largest dimension in grid units")
     parser.add_argument("--rotate", action=argparse.BooleanOptionalAction, help="rotate the shapes")
@@ -227,24 +318,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--correctness", choices=CORRECTNESS, help="shape of the area reward, as in training"
     )
     parser.add_argument("--seed", **count, help="random seed of examples and sampling")
-    parser.add_argument("--max-new-tokens", **count, help="token limit of an answer")
-    parser.add_argument("--examples", **count, default=256, help="held-out examples; default: 256")
-    parser.add_argument("--batch-size", **count, default=32, help="examples per batch; default: 32")
-    parser.add_argument(
-        "--temperature", **number, default=0.0, help="sampling temperature; default: 0, greedy"
-    )
-    parser.add_argument("--show", **count, default=3, help="answers to print; default: 3")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write all numbers and answers here"
-    )
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="plot file; default: evaluation.png in the run folder, else in the current folder",
-    )
-    return parser
 
 
 DEFAULTS = {  # for a model outside a run
@@ -305,11 +378,14 @@ def resolve_args(args: argparse.Namespace, run: Path | None) -> None:
             setattr(args, name, settings[name])
     if max_rotation_given and not args.rotate:
         raise ValueError("--max-rotation: has no effect without --rotate")
-    limits = {"examples": 1, "batch_size": 1, "max_new_tokens": 1, "seed": 0, "show": 0}
+    limits = {"examples": 1, "batch_size": 1, "max_new_tokens": 1, "samples": 1}
+    limits |= {"seed": 0, "show": 0}
     for name, least in limits.items():
         check_number(f"--{name.replace('_', '-')}", getattr(args, name), least=least)
     if args.temperature:  # 0 is greedy
         check_number("--temperature", args.temperature, least=0.01, most=100)
+    elif args.samples > 1:
+        raise ValueError(f"--samples {args.samples}: greedy answers are all equal; --temperature 1")
     check_image_size(args.image_size)
     if args.plot is None:
         args.plot = (run if run and os.access(run, os.W_OK) else Path()) / "evaluation.png"
@@ -357,21 +433,27 @@ def write_results(
 
     If one file cannot be written, the other still is. Return whether all files were written.
     """
-    summaries = {name: summarize(group) for name, group in groups_of(answers).items()}
-    writers = {args.plot: partial(plot_answers, answers, title=args.target)}
+    firsts = answers[:: args.samples]  # one of each example: the intervals need independent ones
+    summaries = {name: summarize(group) for name, group in groups_of(firsts).items()}
+    found = passes(answers, args.samples) if args.samples > 1 else {}
+    writers = {args.plot: partial(plot_answers, firsts, title=args.target)}
     if args.json:
         numbers = {
             **dataclasses.asdict(target),
             "arguments": vars(args),
             "summaries": summaries,
+            "pass_at_k": {k: mean for k, (mean, _) in found.items()},
             "answers": [dataclasses.asdict(answer) for answer in answers],
         }
         writers = {args.json: partial(write_json, numbers), **writers}
-    for answer in answers[: args.show]:
+    for answer in firsts[: args.show]:
         print(f"{answer.shape.kind}, area {answer.shape.area:.2f}: {answer.text!r}")
     print(target)
     print(f"{spec}, {args.correctness} area reward, relative errors are capped at 1")
     print(summary_table(summaries))
+    print(words_table(summaries))
+    for k, (mean, half) in found.items():
+        print(f"within 5 % in {k} of {args.samples} samples: {100 * mean:.1f} ± {100 * half:.1f} %")
     written = [path for path, write in writers.items() if write_file(path, write)]
     for path in written:
         print(f"written: {path}")
@@ -417,10 +499,11 @@ def main(arguments: list[str] | None = None) -> None:
             image_size=args.image_size,
             reasoning_tag=args.reasoning_tag,
             correctness=args.correctness,
-            batch_size=min(args.batch_size, args.examples),
+            batch_size=max(1, min(args.batch_size // args.samples, args.examples)),
             temperature=args.temperature,
+            samples=args.samples,
         ),
-        args.examples,
+        args.examples * args.samples,
     )
     if cut_short:
         print(f"{cut_short} after {len(answers)} of {args.examples} answers", file=sys.stderr)

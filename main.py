@@ -180,8 +180,9 @@ def make_sampler(config: Config, loaded: Loaded) -> Sampler:
 
 def judge(config: Config, examples: list[Example], text: str, prompt_index: int) -> Reward:
     """Return the rewards of one completion of prompt `prompt_index`."""
-    options = config.pick("reasoning_tag", "correctness")
-    return score(text, examples[prompt_index].area, **options)
+    example = examples[prompt_index]
+    options = config.pick("reasoning_tag", "correctness", "weights")
+    return score(text, example.area, kind=example.shape.kind, **options)
 
 
 def is_due(step: int, every: int) -> bool:

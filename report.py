@@ -36,6 +36,13 @@ CURVES = {  # key in metrics.jsonl: title, and the range if it has one
     "kl": ("KL to the reference, nats per token", None),
     "entropy": ("Entropy, nats per token", None),
     "completion_length_mean": ("Completion length, tokens", None),
+    "shape_named": ("Class named, share of those that name one", (0.0, 1.0)),
+    "answer_follows": ("Answer follows from the reasoning, share", (0.0, 1.0)),
+}
+CHECKS = {  # key of a completion: what the page calls it; older runs lack them
+    "shape_named": "names the class",
+    "answer_follows": "the answer follows",
+    "arithmetic_right": "the arithmetic is right",
 }
 COLUMNS = {  # key of a completion: heading and number format
     "advantage": ("advantage", "+z.2f"),
@@ -121,12 +128,15 @@ def parse_group(line: dict, *, image_size: int) -> dict:
 
 
 def parse_completion(completion: dict) -> dict:
-    """Return a completion's text, its numbers and the sum of its rewards."""
+    """Return a completion's text, its numbers, the sum of its rewards and what is true of it."""
     if not isinstance(completion["text"], str):
         raise ValueError(f"the text of a completion cannot be {completion['text']!r}")
     numbers = {key: known(completion[key]) for key in COLUMNS if key != "total"}
-    total = sum(numbers[key] for key in ("area_correctness", "area_format", "xml_format"))
-    return {"text": completion["text"], "total": total, **numbers}
+    checks = {name: completion.get(key) for key, name in CHECKS.items()}
+    rewards = (numbers[key] for key in ("area_correctness", "area_format", "xml_format"))
+    weights = completion.get("weights", (1, 1, 1))  # none in older runs
+    total = sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
+    return {"text": completion["text"], "total": total, "checks": checks, **numbers}
 
 
 def known(value: float | None) -> float:
@@ -280,7 +290,11 @@ def content(run: Path, steps: list[int] | None) -> dict:
         "made": made,
         "options": options,
         "window": WINDOW,
-        "curves": {CURVES[key][0]: draw_curve(key, metrics, evaluations) for key in CURVES},
+        "curves": {
+            CURVES[key][0]: draw_curve(key, metrics, evaluations)
+            for key in CURVES
+            if key not in CHECKS or any(step.get(key) is not None for step in metrics)
+        },
         "full_color": FULL_COLOR,
         "kinds": KINDS,
         "least": sum(limits[0] for _, limits in REWARDS.values()),

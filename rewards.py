@@ -1,10 +1,12 @@
-"""The prompt, and the rewards of a completion. Standard library only.
+"""The prompt, the rewards of a completion, and what they do not see. Standard library only.
 
 A completion is a model's text: it may be empty, huge, malformed or hostile. Nothing here raises on
 it, and everything takes time linear in its length.
 """
 
+import ast
 import math
+import operator
 import re
 from dataclasses import dataclass
 
@@ -79,11 +81,16 @@ class Reward:
     xml_format: float  # 0 or 0.5
     predicted: float | None  # None: no number could be parsed
     relative_error: float  # in [0, 1]; 1 if no number could be parsed
+    shape_named: bool | None = None  # see `names_shape`; the last three earn nothing
+    answer_follows: bool | None = None  # see `answer_follows`
+    arithmetic_right: bool | None = None  # see `arithmetic_is_right`
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of the three rewards in the total
 
     @property
     def total(self) -> float:
-        """Return the sum of the three rewards, in [-3, 4]."""
-        return self.area_correctness + self.area_format + self.xml_format
+        """Return the weighted sum of the three rewards, in [-3, 4] with weights of 1."""
+        rewards = (self.area_correctness, self.area_format, self.xml_format)
+        return sum(weight * reward for weight, reward in zip(self.weights, rewards, strict=True))
 
 
 def make_prompt(reasoning_tag: str = "reasoning") -> str:
@@ -92,9 +99,17 @@ def make_prompt(reasoning_tag: str = "reasoning") -> str:
 
 
 def score(
-    completion: str, area: float, *, reasoning_tag: str = "reasoning", correctness: str = "linear"
+    completion: str,
+    area: float,
+    *,
+    kind: str = "",
+    reasoning_tag: str = "reasoning",
+    correctness: str = "linear",
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Reward:
     """Return the rewards of a completion for a shape of this area. No completion makes it raise.
+
+    With the shape's `kind` it also checks the words, for which there is no reward.
 
     >>> reward = score("<reasoning>A square of side 20.</reasoning><answer>400.00</answer>", 800.0)
     >>> reward.area_correctness, reward.area_format, reward.xml_format, reward.predicted
@@ -105,12 +120,18 @@ def score(
     answer = answer_text(completion)
     two_decimals = answer is not None and TWO_DECIMALS.fullmatch(answer) is not None
     strict_xml = is_strict_xml(completion, reasoning_tag)
+    reasoning = reasoning_of(completion) if kind else ""
+    values = values_in(reasoning)
     return Reward(
         area_correctness=CORRECTNESS_MAX - (CORRECTNESS_MAX - CORRECTNESS_MIN) * wrong,
         area_format=AREA_FORMAT_REWARD if two_decimals else 0.0,
         xml_format=XML_FORMAT_REWARD if strict_xml else 0.0,
         predicted=predicted,
         relative_error=relative_error(predicted, area),
+        shape_named=names_shape(reasoning, kind),
+        answer_follows=answer_follows(values, predicted),
+        arithmetic_right=arithmetic_is_right(values, predicted),
+        weights=weights,
     )
 
 
@@ -225,3 +246,167 @@ def is_strict_xml(completion: str, reasoning_tag: str = "reasoning") -> bool:
     pattern = r"\s*{}(.*){}\s*{}(.*){}\s*".format(*tags)
     blocks = re.fullmatch(pattern, completion, re.DOTALL)
     return blocks is not None and all(block.strip() for block in blocks.groups())
+
+
+# --- what the rewards do not see ----------------------------------------------------------
+
+MAX_REASONING_CHARS = 2_000  # of a longer reasoning the end is checked
+TOLERANCE = 0.01  # relative; 3.14 passes for pi, a wrong digit does not
+SHAPES = {  # words that name a class; "square units" names none
+    "rectangle": r"\brectang(?:les?|ular)\b",
+    "circle": r"\bcirc(?:les?|ular)\b",
+    "square": r"\bsquares?\b(?!\s*(?:grid|units?|[cm]?m\b|centi|met|inch|feet|root|of\b|number))",
+    "triangle": r"\btriang(?:les?|ular)\b",
+}
+UNITS = re.compile(r"\b(?:square\s+)?(?:grid\s+)?units?\b|\b[cm]?m\b", re.IGNORECASE)
+DIMENSIONS = "width|height|base|side|length|radius|diameter"
+BINDING = re.compile(  # a name with the number that stands behind it: width 24, side length = 24
+    rf"(?<![-+*/^]\s)\b(?:({DIMENSIONS})\s*(?:is|of|=|:)?|([a-z])\s*=)"
+    r"\s*(\d+(?:\.\d+)?)(?!\.?\d|\s*[-+*/^])"
+)
+USE = re.compile(  # a name beside an operator
+    rf"(?<=[-+*/^(=])(\s*)({DIMENSIONS}|[a-z])\b|\b()({DIMENSIONS}|[a-z])(?=\s*[-+*/^])"
+)
+EXPRESSION = re.compile(r"(?:[\d(]|pi\b|sqrt\b)(?:[\d.\s+\-*/^()]|pi\b|sqrt\b)*", re.ASCII)
+IMPLICIT_PRODUCT = re.compile(r"(?<=[\d)])\s*(?=\(|pi)|(?<=pi)\s*(?=[\d(])")
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A number in a text, or the value of a calculation in it, and what is written behind an `=`.
+
+    `result` is None where no equals sign follows.
+    """
+
+    value: float
+    is_calculation: bool
+    result: float | None
+
+
+def reasoning_of(completion: str) -> str:
+    """Return the text before the answer block, without tags; of a long one, the end."""
+    text = completion.partition("<answer>")[0][-MAX_REASONING_CHARS:]
+    return re.sub(r"</?\w{1,20}>", " ", text)
+
+
+def names_shape(reasoning: str, kind: str) -> bool | None:
+    """Return whether a text names this class and no other; None if it names none.
+
+    >>> [names_shape(text, "square") for text in ("A square.", "a square or a circle", "5 units")]
+    [True, False, None]
+    """
+    named = {name for name, words in SHAPES.items() if re.search(words, reasoning, re.IGNORECASE)}
+    return named == {kind} if named else None
+
+
+def answer_follows(values: list[Value], predicted: float | None) -> bool | None:
+    """Return whether the last calculation, or the last number, gives the answer.
+
+    None if there is no answer, or no number in the reasoning.
+
+    >>> [answer_follows(values_in(text), 400.0) for text in ("side 20: 20 * 20", "side 20", "?")]
+    [True, False, None]
+    """
+    if predicted is None or not values:
+        return None
+    calculations = [value for value in values if value.is_calculation]
+    return any(is_close(each.value, predicted) for each in (*calculations[-1:], values[-1]))
+
+
+def arithmetic_is_right(values: list[Value], predicted: float | None) -> bool | None:
+    """Return whether every calculation gives the number written behind it.
+
+    Behind the last one the answer may stand instead. None if no calculation has a result.
+
+    >>> [arithmetic_is_right(values_in(text), 600.0) for text in ("20 * 30 = 500", "20 * 30")]
+    [False, True]
+    """
+    calculations = [value for value in values if value.is_calculation]
+    pairs = [(each.value, each.result) for each in calculations if each.result is not None]
+    if calculations and calculations[-1].result is None and predicted is not None:
+        pairs.append((calculations[-1].value, predicted))
+    return all(is_close(*pair) for pair in pairs) if pairs else None
+
+
+def is_close(value: float, other: float) -> bool:
+    """Return whether two numbers agree within `TOLERANCE`, or half of a last decimal."""
+    return abs(value - other) <= max(TOLERANCE * abs(other), 0.005)
+
+
+def values_in(reasoning: str) -> list[Value]:
+    """Return the numbers and calculations of a text, in order.
+
+    Names are replaced by the numbers that stand behind them: `width 24 ... width * 2` is 48.
+
+    >>> [(each.value, each.result) for each in values_in("base 24, height 20: base * height / 2")]
+    [(24.0, None), (20.0, None), (240.0, None)]
+    >>> [(each.value, each.result) for each in values_in("20 * 30 = 600")]
+    [(600.0, 600.0), (600.0, None)]
+    """
+    text = UNITS.sub(" ", plain(re.sub(r"(?<=\d),(?=\d{3}\b)", "", reasoning)))
+    bound = {found[1] or found[2]: found[3] for found in BINDING.finditer(text)}
+    text = USE.sub(lambda use: replaced(use, bound), text)
+    found = []
+    for match in EXPRESSION.finditer(text):
+        expression = match[0].rstrip(" .+-*/^(\t\n")
+        value = value_of(expression)
+        if value is not None:
+            found.append((match.start(), expression, value))
+    values = []
+    for (start, expression, value), after in zip(found, [*found[1:], None], strict=False):
+        rest = text[start + len(expression) : after[0]] if after else ""
+        result = written_result(value, *after[1:]) if rest.strip() == "=" else None
+        values.append(Value(value, re.fullmatch(r"[\d.]+", expression) is None, result))
+    return values
+
+
+def written_result(value: float, expression: str, result: float) -> float:
+    """Return what a calculation is said to give: the expression behind its `=`, or its beginning.
+
+    In `20 * 30 = 600 / 2` it is 600: the text goes on calculating.
+    """
+    start = re.match(r"\d+(?:\.\d+)?", expression)
+    return float(start[0]) if start and is_close(value, float(start[0])) else result
+
+
+def replaced(use: re.Match, bound: dict[str, str]) -> str:
+    """Return a name's number, behind the same space; the name itself if it has none."""
+    space, name = (use[1], use[2]) if use[2] else (use[3], use[4])
+    return f"{space}{bound.get(name, name)}"
+
+
+def value_of(expression: str) -> float | None:
+    """Return the value of an arithmetic expression, or None.
+
+    >>> value_of("pi * 10^2 / 4"), value_of("2(3 + 4)"), value_of("9^9^9^9"), value_of("20 * ")
+    (78.53981633974483, 14.0, None, None)
+    """
+    source = IMPLICIT_PRODUCT.sub(" * ", expression).replace("^", "**")
+    try:
+        value = evaluated(ast.parse(source.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, TypeError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def evaluated(node: ast.expr) -> float:
+    """Return the value of a parsed expression. Raises `ValueError` for anything but arithmetic."""
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return float(number)
+        case ast.Name(id="pi"):
+            return math.pi
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -evaluated(operand)
+        case ast.Call(func=ast.Name(id="sqrt"), args=[operand], keywords=[]):
+            return math.sqrt(evaluated(operand))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            return float(OPERATORS[type(op)](evaluated(left), evaluated(right)))
+    raise ValueError(f"not arithmetic: {ast.dump(node)}")

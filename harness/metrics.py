@@ -42,6 +42,9 @@ def step_metrics(
         "area_format_reward": statistics.fmean(r.area_format for r in rewards),
         "xml_format_reward": statistics.fmean(r.xml_format for r in rewards),
         "relative_error": statistics.median(r.relative_error for r in rewards),
+        **share_of_judged("shape_named", [r.shape_named for r in rewards]),
+        **share_of_judged("answer_follows", [r.answer_follows for r in rewards]),
+        **share_of_judged("arithmetic_right", [r.arithmetic_right for r in rewards]),
         **stats,
         "lr": lr,
         "completion_length_mean": statistics.fmean(lengths),
@@ -53,6 +56,16 @@ def step_metrics(
         "tokens_per_s": sum(lengths) / step_s,
         "peak_gib": max(gather([peak_memory()])) / GIB,
     }
+
+
+def share_of_judged(name: str, hits: list[bool | None]) -> dict[str, float]:
+    """Return the share of hits among those that are not None, and the share that is not None.
+
+    The first is None if all are.
+    """
+    judged = [hit for hit in hits if hit is not None]
+    found = statistics.fmean(judged) if judged else None
+    return {name: found, f"{name}_judged": len(judged) / len(hits)}
 
 
 def terminal_line(metrics: dict, steps: int) -> str:

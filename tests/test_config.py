@@ -20,6 +20,14 @@ def test_every_option_is_in_the_help(monkeypatch):
         assert f"default: {option.default}" in text
 
 
+def test_reward_weights_are_three_numbers():
+    assert config_of().weights == (1.0, 1.0, 1.0)
+    assert config_of("--reward-weights", "2, 0,0.5").weights == (2.0, 0.0, 0.5)
+    for wrong in ("1,1", "1,1,1,1", "a,b,c", "", "0,0,0", "-1,1,1", "nan,1,1", "inf,1,1"):
+        with pytest.raises(ValueError, match=f"--reward-weights {wrong}: must be three numbers"):
+            config_of(f"--reward-weights={wrong}")
+
+
 def test_the_papers_defaults():
     config = config_of()
     assert config.model == "Qwen/Qwen2.5-VL-7B-Instruct"

@@ -1,7 +1,9 @@
 """evaluate.py: the numbers by hand, and the command on the bundled model."""
 
 import dataclasses
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,14 +13,23 @@ from conftest import TINY, config_of
 from PIL import Image
 
 import evaluate
-from evaluate import Answer, groups_of, summarize, summary_table, wilson_interval
+from evaluate import (
+    Answer,
+    groups_of,
+    pass_at_k,
+    passes,
+    summarize,
+    summary_table,
+    wilson_interval,
+    words_table,
+)
 from rewards import score
 from shapes import Shape
 
 
 def answered(text: str, *, side: float = 20.0, kind: str = "square") -> Answer:
     shape = Shape(kind, side, side, (25, 25), (), (0, 0, 0))
-    return Answer(shape, text, score(text, shape.area))
+    return Answer(shape, text, score(text, shape.area, kind=kind))
 
 
 def xml(number: str) -> str:
@@ -42,6 +53,63 @@ def test_summary_by_hand():
     assert summary["strict_xml"] == 0.75
     assert summary["readable"] == 0.75
     assert summary["area_correctness_reward"] == pytest.approx((3 + 2.7 + 1.8 - 3) / 4)
+
+
+def test_the_words_are_summarized_where_they_can_be_judged():
+    answers = [
+        answered("<reasoning>square, side 20: 20 * 20</reasoning><answer>400.00</answer>"),
+        answered("<reasoning>circle, 20 * 20</reasoning><answer>300.00</answer>"),
+        answered("<reasoning>a shape</reasoning><answer>400.00</answer>"),
+    ]
+    summary = summarize(answers)
+    for name in ("shape_named", "answer_follows", "arithmetic_right"):
+        assert (summary[name], summary[f"{name}_judged"]) == (0.5, pytest.approx(2 / 3))
+    header, line, silent = words_table(
+        {"all": summary, "none": summarize(answers[2:])}
+    ).splitlines()
+    assert header.split("  ")[-1].strip() == "arithmetic right %"
+    assert line.split() == ["all", *(3 * ["50.0", "of", "2"])]
+    assert silent.split() == ["none", *(3 * ["-", "of", "0"])]
+
+
+@pytest.mark.parametrize("samples", range(1, 7))
+def test_pass_at_k_is_the_share_of_all_choices_that_hold_a_hit(samples):
+    for hits in range(samples + 1):
+        for k in range(1, samples + 1):
+            choices = list(itertools.combinations(range(samples), k))
+            holding = sum(any(sample < hits for sample in choice) for choice in choices)
+            assert pass_at_k(samples, hits, k) == pytest.approx(holding / len(choices))
+
+
+def test_passes_are_means_over_examples():
+    right, wrong = answered(xml("400.00")), answered(xml("500.00"))
+    found = passes([right, wrong, wrong, wrong] + 4 * [wrong] + [right], samples=4)
+    assert found.keys() == {1, 4}  # the ninth answer's group was cut short
+    assert found[1][0] == pytest.approx((0.25 + 0) / 2)
+    assert found[4][0] == pytest.approx((1 + 0) / 2)
+    assert found[4][1] == pytest.approx(1.959964 * 0.5)  # stdev of 1 and 0, over the root of 2
+    assert passes([right], samples=4) == {}
+
+
+def test_several_samples_of_each_example(tmp_path, capsys):
+    flags = ["--examples", "3", "--samples", "4", "--temperature", "1", "--batch-size", "8"]
+    flags += ["--show", "0", "--plot", str(tmp_path / "e.png"), "--json", str(tmp_path / "e.json")]
+    evaluate.main([TINY, *flags, "--image-size", "84", "--max-new-tokens", "24"])
+    out = capsys.readouterr().out
+    assert re.search(r"within 5 % in 1 of 4 samples: +\d", out)
+    numbers = json.loads((tmp_path / "e.json").read_text())
+    assert len(numbers["answers"]) == 12
+    assert numbers["summaries"]["all"]["examples"] == 3
+    assert numbers["pass_at_k"].keys() == {"1", "4"}
+    shapes = [answer["shape"] for answer in numbers["answers"]]
+    assert all(shapes[i] == shapes[i // 4 * 4] for i in range(12))
+    assert len({json.dumps(shape) for shape in shapes}) == 3
+
+
+def test_several_greedy_samples_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([TINY, "--samples", "4"])
+    assert "--samples 4: greedy answers are all equal; --temperature 1" in capsys.readouterr().err
 
 
 def test_wilson_interval_solves_its_equation():

@@ -126,6 +126,13 @@ def test_completions_are_judged_by_the_runs_own_reward(processor):
         assert reward.area_correctness == pytest.approx(expected, abs=0.01)
 
 
+def test_the_sum_that_is_trained_on_has_the_runs_own_weights(processor):
+    examples, _ = main.make_batch(config_of("--preset", "tiny"), processor, 0, 0)
+    text = f"<reasoning>r</reasoning><answer>{examples[0].area:.2f}</answer>"
+    reward = main.judge(config_of("--reward-weights", "0,2,4"), examples, text, 0)
+    assert (reward.total, reward.area_format, reward.xml_format) == (3.0, 0.5, 0.5)
+
+
 # --- whole runs ---------------------------------------------------------------------------
 
 
@@ -242,9 +249,10 @@ def test_a_tracker_gets_every_number_of_the_log(tmp_path):
         numbers = {key for key, value in lines[0].items() if not isinstance(value, str)}
         assert numbers > {"area_correctness_reward"}
         for key in numbers:
-            points = [(point.step, point.value) for point in shown.Scalars(prefix + key)]
-            expected = [(line[step] + shift, pytest.approx(line[key], rel=1e-6)) for line in lines]
-            assert points == expected  # by steps done
+            known = [line for line in lines if line[key] is not None]  # a share of none is null
+            expected = [(line[step] + shift, pytest.approx(line[key], rel=1e-6)) for line in known]
+            points = shown.Scalars(prefix + key) if known else []
+            assert [(point.step, point.value) for point in points] == expected  # by steps done
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):

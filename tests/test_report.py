@@ -173,6 +173,19 @@ def test_curves_and_held_out_evaluations_are_drawn(make_run):
     assert len(ids) == len(set(ids))
 
 
+def test_what_is_known_of_the_words_is_marked(make_run):
+    judged = completion(shape_named=True, answer_follows=False, arithmetic_right=None)
+    page = page_of(make_run(sample(0, judged, completion())))
+    marks = page.text_of("small")
+    assert marks == ["\N{CHECK MARK} names the class", "\N{BALLOT X} the answer follows"]
+
+
+def test_the_sum_has_the_runs_own_weights(make_run):
+    rewards = {"area_correctness": 1.5, "area_format": 0.5, "xml_format": 0.5}
+    page = page_of(make_run(sample(0, completion(**rewards, weights=[2, 0, 1]))))
+    assert page.all("tr")[1]["data-sum"] == "3.50"
+
+
 def test_the_head_says_how_the_run_was_made(make_run):
     resumed = [{"steps_done": 3, "command": "again"}, {"steps_done": 5, "command": "once more"}]
     page = page_of(make_run(sample(0), git_commit=None, device="cpu", resumed=resumed))
@@ -221,7 +234,7 @@ def test_an_unfinished_run_without_samples_and_evaluations_has_a_page(make_run):
     (run / "evaluations.jsonl").write_text("")
     page = page_of(run)
     assert page.all("section") == []
-    assert len(page.all("svg")) == len(CURVES)
+    assert len(page.all("svg")) == len(CURVES.keys() - report.CHECKS)  # an older run has no checks
     assert page.all("input")[0]["max"] == "0"
 
 

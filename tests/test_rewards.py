@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rewards
 from rewards import CORRECTNESS, SYSTEM_MESSAGE, make_prompt, parse_area, penalty, score
 
 GOOD = "<reasoning>side 20</reasoning><answer>400.00</answer>"
@@ -543,3 +544,120 @@ def test_hostile_texts_are_judged_like_any_other(completion):
 def test_the_totals_bounds():
     assert score(GOOD, 400.0).total == 4.0
     assert score("", 400.0).total == -3.0
+
+
+# --- what the rewards do not see ------------------------------------------------------------
+
+NAMED = [  # reasoning, class, whether it names that class and no other
+    ("square, side 27: 27 * 27", "square", True),
+    ("It is a Square.", "square", True),
+    ("a square or a rectangle", "square", False),
+    ("a rectangle", "square", False),
+    ("an area of 20 square units", "rectangle", None),
+    ("20 square grid units, 30 square cm, the square root, the square of 5", "square", None),
+    ("a triangular shape of 20 square units", "triangle", True),
+    ("two circles", "circle", True),
+    ("a circular disc in square units", "circle", True),
+    ("", "circle", None),
+]
+
+
+@pytest.mark.parametrize(("reasoning", "kind", "named"), NAMED)
+def test_a_class_is_named_alone(reasoning, kind, named):
+    assert rewards.names_shape(reasoning, kind) is named
+
+
+REASONED = [  # reasoning, answer, whether it follows, whether the arithmetic is right
+    ("square, side 27: 27 * 27", 729.0, True, True),
+    ("square, side 27: 27 * 27", 700.0, False, False),
+    ("square, side 26: side * side", 676.0, True, True),
+    ("square, side 26: side * side", 689.85, False, False),
+    ("rectangle, width 24, height 28: width * height", 672.0, True, True),
+    ("circle, diameter 24: pi * (diameter / 2)^2", 452.39, True, True),
+    ("circle, diameter 24: pi * 24^2 / 4", 452.39, True, True),
+    ("circle, radius 12: 3.14 * 12^2", 452.16, True, True),
+    ("width × height = 24 × 28 = 672 square units.", 672.0, True, True),
+    ("24 × 28 = 680, so the area is 680", 680.0, True, False),
+    ("24 x 28 = 672", 680.0, False, True),
+    ("A base of 24 and a height of 20.6. Area = (1/2) * base * height = 247.2", 247.2, True, True),
+    (r"Area = \frac{1}{2} \times 24 \times 20 = 240 \text{ cm}^2", 240.0, True, True),
+    ("The radius is 12, so the area is π(12)² ≈ 452.39.", 452.39, True, True),
+    ("r = 12, so pi * r^2", 452.39, True, True),
+    ("20 * 22 + 5 * 22 = 440 + 110 = 550 / 2", 275.0, True, True),
+    ("36 - 12 = 24 wide, 40 - 20 = 20 high: 24 * 20", 480.0, True, True),
+    ("36 - 12 = 25 wide, 40 - 20 = 20 high: 25 * 20", 500.0, True, False),
+    ("1,200 + 34", 1234.0, True, True),
+    ("the area is 400", 400.0, True, None),
+    ("side 20", 400.0, False, None),
+    ("no number", 400.0, None, None),
+    ("20 * 20", None, None, None),
+    ("20 * 20 = 400", None, None, True),
+]
+
+
+@pytest.mark.parametrize(("reasoning", "predicted", "follows", "right"), REASONED)
+def test_whether_an_answer_follows_from_the_words(reasoning, predicted, follows, right):
+    values = rewards.values_in(reasoning)
+    assert rewards.answer_follows(values, predicted) is follows
+    assert rewards.arithmetic_is_right(values, predicted) is right
+
+
+def test_one_percent_is_close_and_two_are_not():
+    assert rewards.is_close(100.9, 100.0)
+    assert not rewards.is_close(102.0, 100.0)
+    assert rewards.is_close(0.333, 1 / 3)  # two decimals of a small number
+
+
+def test_the_words_are_checked_only_where_the_class_is_known():
+    text = "<reasoning>square, side 20: 20 * 20</reasoning><answer>400.00</answer>"
+    known, unknown = score(text, 400.0, kind="square"), score(text, 400.0)
+    assert (known.shape_named, known.answer_follows, known.arithmetic_right) == (True,) * 3
+    assert (unknown.shape_named, unknown.answer_follows, unknown.arithmetic_right) == (None,) * 3
+    assert known.total == unknown.total == 4.0  # there is no reward for them
+
+
+def test_the_answer_block_is_no_part_of_the_reasoning():
+    wrong = score(
+        "<reasoning>square</reasoning><answer>20 * 20 = 400</answer>", 400.0, kind="square"
+    )
+    assert (wrong.predicted, wrong.answer_follows) == (400.0, None)
+
+
+PIECES = st.sampled_from(
+    [
+        *("1", "9", ".", " ", "*", "**", "^", "/", "-", "+", "(", ")", "=", "pi", "sqrt", "width"),
+        *("a", "side 3", "\\frac{", "}", "{", "²", "x", "1,000", "units", "square", "e", "_", "\n"),
+    ]
+)
+
+
+@given(st.lists(PIECES, max_size=400).map("".join))
+def test_no_reasoning_makes_the_checks_raise(text):
+    reward = score(f"{text}<answer>9.00</answer>", 9.0, kind="square")
+    for check in (reward.shape_named, reward.answer_follows, reward.arithmetic_right):
+        assert check in (True, False, None)
+
+
+@pytest.mark.parametrize("text", ["9**9" * 500, "(" * 5000, "2^" * 900, "*a" * 9000, "=1" * 9000])
+def test_hostile_arithmetic_has_no_value(text):
+    assert score(f"{text}<answer>9.00</answer>", 9.0, kind="square").arithmetic_right is None
+
+
+def bracketed(parts):
+    return st.tuples(parts, st.sampled_from("+-*/"), parts).map(lambda each: f"({' '.join(each)})")
+
+
+@given(st.recursive(st.integers(1, 99).map(str), bracketed, max_leaves=8))
+def test_arithmetic_is_that_of_python(expression):
+    try:
+        expected = float(eval(expression))
+    except ZeroDivisionError:
+        expected = None
+    assert rewards.value_of(expression) == (None if expected is None else pytest.approx(expected))
+
+
+def test_weights_change_the_total_and_nothing_else():
+    text = "<reasoning>r</reasoning><answer>400.00</answer>"
+    plain, weighted = score(text, 400.0), score(text, 400.0, weights=(2.0, 0.0, 10.0))
+    assert (plain.total, weighted.total) == (4.0, 11.0)
+    assert dataclasses.replace(weighted, weights=plain.weights) == plain

@@ -4,7 +4,14 @@ import pytest
 
 from engine.sizes import GIB
 from harness import metrics as harness_metrics
-from harness.metrics import Stopwatch, group_sample, held_out_line, step_metrics, terminal_line
+from harness.metrics import (
+    Stopwatch,
+    group_sample,
+    held_out_line,
+    share_of_judged,
+    step_metrics,
+    terminal_line,
+)
 from rewards import Reward
 from shapes import ShapeSpec, make_example
 
@@ -55,6 +62,12 @@ def test_a_sample_is_an_example_with_all_completions_of_its_group():
     first, second = sample["completions"]
     assert (first["text"], first["advantage"], first["predicted"]) == ("a", 0.7, 400.0)
     assert (second["text"], second["advantage"], second["xml_format"]) == ("b", -0.7, 0.5)
+
+
+def test_what_cannot_be_judged_is_left_out_of_the_share():
+    named = [True, False, True, None]
+    assert share_of_judged("a", named) == {"a": pytest.approx(2 / 3), "a_judged": 0.75}
+    assert share_of_judged("a", [None, None]) == {"a": None, "a_judged": 0.0}
 
 
 def test_a_group_with_a_nan_has_no_spread():
