@@ -318,7 +318,7 @@ def hostile_completions(count: int, *, seed: int = 0) -> Iterator[str]:
 def judge(completion: str) -> float:
     """Return the seconds it takes to judge and log a completion; assert what holds for all."""
     begin = time.perf_counter()
-    reward = score(completion, 400.0)
+    reward = score(completion, 400.0, kind="square")
     line = json.dumps(
         replace_non_finite({"text": completion, "total": reward.total}), allow_nan=False
     )
