@@ -8,6 +8,9 @@
 It trains on synthetic answers: shape, dimensions, formula, area. Some are flawed on purpose, in
 format (missing decimals, missing tags, chatter) or in substance (a wrong formula), so that GRPO
 still has both to teach, as it has with an instruct model.
+
+Answers alone teach a new vision tower next to nothing. With `--see-steps` it first learns to see,
+from what every visual token can say about the shape: see `DenseHead`.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import optimi
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -48,12 +52,22 @@ from engine.loading import (
 )
 from engine.model_files import ModelError
 from engine.parallel import check_single_process
-from engine.prompts import Prompts, check_no_resize, encode_prompts
+from engine.prompts import Prompts, check_no_resize, encode_images, encode_prompts
 from engine.scoring import completion_logprobs
 from engine.sizes import resolve_placement, shape_config, trained_count
 from harness.terminal import ignore_output_errors
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
-from shapes import Shape, ShapeSpec, check_image_size, make_example
+from shapes import (
+    AXES_BOX,
+    GRID,
+    IMAGE_MULTIPLE,
+    KINDS,
+    Example,
+    Shape,
+    ShapeSpec,
+    check_image_size,
+    make_example,
+)
 
 DIMENSIONS = {
     "rectangle": "rectangle, width {width:.0f}, height {height:.0f}",
@@ -120,6 +134,7 @@ SIZES = {  # language model and vision tower of a new model: 2.8 and 164 million
         },
     ),
 }
+SIGHT_EVERY, SIGHT_EXAMPLES = 500, 256  # steps between two looks at so many held-out plots
 SECOND_TAG_EVERY = 8  # one batch in 8 uses the second reasoning tag
 CHAT_TEMPLATE = (  # the format of Qwen2.5-VL's own template, without tools and videos
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -239,6 +254,142 @@ def new_model(seed: int, size: str = "tiny") -> Loaded:
     return Loaded(model, None, processor)
 
 
+# --- learning to see --------------------------------------------------------------------
+
+
+class DenseHead(torch.nn.Module):
+    """Reads off each visual token what it can know of the shape: the lessons of a vision tower.
+
+    The class, width and height, and how far the four sides of the shape's bounding box are from the
+    token's own center, as an anchor-free detector does (FCOS, Tian et al. 2019, arXiv:1904.01355):
+    64 lessons a plot instead of one answer. It is thrown away afterwards.
+    """
+
+    OUTPUTS = (len(KINDS), 2, 4)  # logits of the classes; size; sides
+    SCALES = (1.0, 10.0, 20.0)  # grid units: so large are the values, about
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(width)
+        self.linear = torch.nn.Linear(width, sum(self.OUTPUTS))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (Q, tokens, 4), sizes (Q, tokens, 2), sides (Q, tokens, 4), grid units."""
+        outputs = self.linear(self.norm(features)).split(self.OUTPUTS, -1)
+        return tuple(scale * output for scale, output in zip(self.SCALES, outputs, strict=True))
+
+
+def token_centers(image_size: int) -> Tensor:
+    """Return the centers of an image's visual tokens in grid units, (tokens, 2), row by row.
+
+    A token is a square of 28 pixels; the first row is at the top of the plot.
+
+    >>> token_centers(56).round().int().tolist()
+    [[9, 38], [38, 38], [9, 9], [38, 9]]
+    """
+    left, bottom, width, height = AXES_BOX
+    across = (torch.arange(0, image_size, IMAGE_MULTIPLE) + IMAGE_MULTIPLE / 2) / image_size
+    x, y = GRID * (across - left) / width, GRID * (1 - across - bottom) / height
+    return torch.stack([x.repeat(len(y)), y.repeat_interleave(len(x))], 1)
+
+
+def bounding_box(shape: Shape) -> list[float]:
+    """Return left, bottom, right and top of a shape, in grid units."""
+    if shape.kind == "circle":
+        (x, y), radius = shape.center, shape.width / 2
+        return [x - radius, y - radius, x + radius, y + radius]
+    xs, ys = zip(*shape.vertices, strict=True)
+    return [min(xs), min(ys), max(xs), max(ys)]
+
+
+def dense_targets(examples: list[Example], image_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return classes (Q,), sizes (Q, 2), and every token's distances to the sides, (Q, tokens, 4).
+
+    Left, bottom, right, top: positive inside the bounding box.
+    """
+    shapes = [example.shape for example in examples]
+    classes = torch.tensor([KINDS.index(shape.kind) for shape in shapes])
+    sizes = torch.tensor([[shape.width, shape.height] for shape in shapes])
+    boxes = torch.tensor([bounding_box(shape) for shape in shapes])[:, None]
+    centers = token_centers(image_size)
+    return classes, sizes, torch.cat([centers - boxes[..., :2], boxes[..., 2:] - centers], -1)
+
+
+def dense_loss(head: DenseHead, features: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+    """Return the loss of what the head reads off image features (Q, tokens, hidden).
+
+    Cross-entropy of the class, and Huber losses, in grid units, of sizes and distances.
+    """
+    logits, size, sides = head(features)
+    classes, sizes, distances = (target.to(features.device) for target in targets)
+    tokens = features.shape[1]
+    return (
+        F.cross_entropy(logits.flatten(0, 1), classes.repeat_interleave(tokens))
+        + 0.5 * F.smooth_l1_loss(size, sizes[:, None].expand_as(size))
+        + 0.25 * F.smooth_l1_loss(sides, distances)
+    )
+
+
+def see(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None:
+    """Train the vision tower in place by the lessons of a `DenseHead`; print what it sees."""
+    visual = loaded.policy.model.visual
+    torch.manual_seed(args.seed)
+    head = DenseHead(visual.config.out_hidden_size).to(loaded.policy.device)
+    parameters = [*visual.parameters(), *head.parameters()]
+    options = {"betas": (0.9, 0.99), "weight_decay": 0.01}
+    optimizer = optimi.AdamW(parameters, lr=args.see_lr, triton=False, **options)
+    progress = tqdm(range(args.see_steps), unit="step", desc="see", disable=None)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = args.see_lr * warmup_cosine(step, args.see_steps)
+        first = step * args.batch_size
+        examples, features = look(loaded, spec, args, "cold_start", first, args.batch_size)
+        loss = dense_loss(head, features, dense_targets(examples, args.image_size))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}")  # host sync
+        if (step + 1) % SIGHT_EVERY == 0 or step + 1 == args.see_steps:
+            named, off = sight(loaded, head, spec, args)
+            tqdm.write(
+                f"after {step + 1} steps of seeing: class {100 * named:.1f} %, width and height "
+                f"off by {off:.2f} units, of {SIGHT_EXAMPLES} held-out plots"
+            )
+
+
+def look(
+    loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace, split: str, first: int, count: int
+) -> tuple[list[Example], Tensor]:
+    """Return `count` examples of a split, and the features of their images."""
+    options = {"seed": args.seed, "split": split, "image_size": args.image_size}
+    examples = [make_example(spec, index=i, **options) for i in range(first, first + count)]
+    images = [example.image for example in examples]
+    prompts = encode_prompts(
+        loaded.processor, images, system=SYSTEM_MESSAGE, prompt=make_prompt()
+    ).to(loaded.policy.device)
+    return examples, encode_images(loaded.policy, prompts).image_features
+
+
+@torch.no_grad()
+def sight(
+    loaded: Loaded, head: DenseHead, spec: ShapeSpec, args: argparse.Namespace
+) -> tuple[float, float]:
+    """Return the share of classes that are right, and the mean error of a dimension.
+
+    Of the first held-out plots; each token has a vote.
+    """
+    named, errors = [], []
+    for first in range(0, SIGHT_EXAMPLES, args.batch_size):
+        count = min(args.batch_size, SIGHT_EXAMPLES - first)
+        examples, features = look(loaded, spec, args, "eval", first, count)
+        classes, sizes, _ = dense_targets(examples, args.image_size)
+        logits, size, _ = (output.cpu() for output in head(features))
+        named.append(logits.mean(1).argmax(-1) == classes)
+        errors.append((size.mean(1) - sizes).abs())
+    return torch.cat(named).float().mean().item(), torch.cat(errors).mean().item()
+
+
 # --- training ---------------------------------------------------------------------------
 
 
@@ -328,6 +479,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers per step")
     parser.add_argument("--lr", type=float, metavar="X", help="1e-3 from scratch, else 1e-5")
+    parser.add_argument(
+        "--see-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps in which the vision tower learns to see, before the answers",
+    )
+    parser.add_argument("--see-lr", type=float, default=2e-3, metavar="X", help="rate of these")
     share = {"type": float, "metavar": "X"}
     parser.add_argument("--sloppy", **share, default=0.45, help="share of flawed formats")
     parser.add_argument("--mistakes", **share, default=0.35, help="share of wrong formulas")
@@ -364,6 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     try:
+        see(loaded, spec, args)
         supervise(loaded, spec, args)
         if names := non_finite_parameters(loaded.policy):
             sys.exit(f"{args.out}: not saved: {names[0]} is not finite; a lower --lr usually helps")
@@ -381,6 +541,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_image_size(args.image_size)
     for flag, least in {"--steps": 1, "--batch-size": 1, "--seed": 0}.items():
         check_number(flag, getattr(args, flag[2:].replace("-", "_")), least=least)
+    check_number("--see-steps", args.see_steps, least=0)
+    if args.see_steps and not args.from_scratch:
+        raise ValueError(f"--see-steps {args.see_steps}: only with --from-scratch; others can see")
+    check_number("--see-lr", args.see_lr, above=0, most=1)
     check_number("--workers", args.workers, least=0, most=256)
     check_number("--area-noise", args.area_noise, least=0, most=10)
     check_number("--sloppy", args.sloppy, least=0, most=1)

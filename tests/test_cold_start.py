@@ -1,5 +1,6 @@
 """cold_start.py: its synthetic answers, and the tiny model that it trains."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,11 @@ from conftest import TINY
 import cold_start
 from cold_start import (
     MISTAKES,
+    DenseHead,
     Flaws,
+    bounding_box,
+    dense_loss,
+    dense_targets,
     encode_answers,
     synthetic_answer,
     tiny_tokenizer,
@@ -19,7 +24,7 @@ from cold_start import (
 from engine.loading import load
 from engine.sizes import empty_model, numel
 from rewards import score
-from shapes import ShapeSpec, make_example
+from shapes import Shape, ShapeSpec, make_example
 
 SPEC = ShapeSpec(min_size=5.0)
 
@@ -90,6 +95,58 @@ def test_the_sizes_from_scratch(size, parameters, monkeypatch):
     assert numel(model) == parameters
 
 
+def test_a_visual_token_is_inside_the_box_where_its_center_has_the_shapes_colour():
+    """For squares that are not turned, pixels tell the same as the taught distances."""
+    examples = [make_example(ShapeSpec(), seed=0, split="cold_start", index=i) for i in range(40)]
+    squares = [example for example in examples if example.shape.kind in ("square", "rectangle")]
+    assert len(squares) > 10
+    _, sizes, distances = dense_targets(squares, 224)
+    assert torch.allclose(distances[..., 0] + distances[..., 2], sizes[:, :1].expand(-1, 64))
+    assert torch.allclose(distances[..., 1] + distances[..., 3], sizes[:, 1:].expand(-1, 64))
+    for example, of_tokens in zip(squares, distances, strict=True):
+        color = (255 * np.array(example.shape.color)).round()
+        inside = (of_tokens > 0).all(-1).view(8, 8)
+        clear = (of_tokens.abs() > 1).all(-1).view(8, 8)  # not on the outline
+        pixels = np.asarray(example.image, dtype=float)[14::28, 14::28]
+        colored = torch.tensor(np.abs(pixels - color).max(-1) <= 2)
+        assert torch.equal(inside[clear], colored[clear])
+
+
+def test_the_boxes_of_circles_and_turned_shapes_hold_their_outline():
+    circle = Shape("circle", 10.0, 10.0, (20.0, 30.0), (), (0, 0, 0))
+    assert bounding_box(circle) == [15.0, 25.0, 25.0, 35.0]
+    triangle = Shape("triangle", 1, 1, (0, 0), ((1.0, 2.0), (8.0, 3.0), (4.0, 9.0)), (0, 0, 0))
+    assert bounding_box(triangle) == [1.0, 2.0, 8.0, 9.0]
+
+
+def test_the_dense_loss_by_hand():
+    """Of a head that says nothing: log 4 for the class, |x| - 1/2 for each number."""
+    head = DenseHead(8)
+    torch.nn.init.zeros_(head.linear.weight), torch.nn.init.zeros_(head.linear.bias)
+    targets = torch.tensor([2]), torch.tensor([[10.0, 20.0]]), torch.full((1, 9, 4), 5.0)
+    loss = dense_loss(head, torch.randn(1, 9, 8), targets)
+    assert loss.item() == pytest.approx(np.log(4) + 0.5 * 14.5 + 0.25 * 4.5)
+
+
+def test_the_tower_learns_to_see_and_nothing_else_changes(capsys, monkeypatch):
+    monkeypatch.setattr(cold_start, "SIGHT_EXAMPLES", 32)
+    monkeypatch.setattr(cold_start, "SIGHT_EVERY", 20)
+    flags = ["--from-scratch", "--out", "-", "--batch-size", "16", "--image-size", "84"]
+    args = cold_start.make_parser().parse_args([*flags, "--see-steps", "60"])
+    loaded = cold_start.new_model(0)
+    before = {name: tensor.clone() for name, tensor in loaded.policy.state_dict().items()}
+    cold_start.see(loaded, SPEC, args)
+    changed = {
+        name
+        for name, tensor in loaded.policy.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert changed == {name for name in before if name.startswith("model.visual.")}
+    off = [float(value) for value in re.findall(r"off by ([\d.]+) units", capsys.readouterr().out)]
+    assert len(off) == 3
+    assert off[-1] < off[0]
+
+
 def test_the_learning_rate_rises_and_falls():
     factors = [warmup_cosine(step, 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.2)
@@ -118,11 +175,13 @@ def test_nothing_is_left_where_nothing_is_saved(tmp_path, monkeypatch, flags, er
     assert not (tmp_path / "one").exists()
 
 
-def test_the_command_from_scratch_and_from_a_model(tmp_path):
+def test_the_command_from_scratch_and_from_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(cold_start, "SIGHT_EXAMPLES", 2)
     flags = ["--steps", "2", "--batch-size", "2", "--image-size", "84"]
-    cold_start.main(["--from-scratch", "--out", str(tmp_path / "one"), *flags])
+    new = ["--from-scratch", "--see-steps", "2", *flags]
+    cold_start.main([*new, "--out", str(tmp_path / "one")])
     workers = ["--workers", "1"]  # the same plots and answers, made by another process
-    cold_start.main(["--from-scratch", "--out", str(tmp_path / "same"), *flags, *workers])
+    cold_start.main([*new, "--out", str(tmp_path / "same"), *workers])
     cold_start.main(["--model", str(tmp_path / "one"), "--out", str(tmp_path / "two"), *flags])
     one, same, two = (
         load(str(tmp_path / name), device="cpu", dtype="bfloat16").policy.lm_head.weight
@@ -145,6 +204,9 @@ def test_the_command_from_scratch_and_from_a_model(tmp_path):
         ["--from-scratch", "--out", "x", "--sloppy", "2"],
         ["--from-scratch", "--out", "x", "--mistakes", "-1"],
         ["--from-scratch", "--out", "x", "--area-noise", "nan"],
+        ["--from-scratch", "--out", "x", "--see-steps", "-1"],
+        ["--from-scratch", "--out", "x", "--see-lr", "0"],
+        ["--model", TINY, "--out", "x", "--see-steps", "5"],
     ],
 )
 def test_bad_input_is_one_line(flags, capsys, monkeypatch, tmp_path):
