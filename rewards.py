@@ -252,7 +252,7 @@ def is_strict_xml(completion: str, reasoning_tag: str = "reasoning") -> bool:
 
 MAX_REASONING_CHARS = 2_000  # of a longer reasoning the end is checked
 TOLERANCE = 0.01  # relative; 3.14 passes for pi, a wrong digit does not
-SHAPES = {  # words that name a class; "square units" names none
+CLASS_WORDS = {  # words that name a class; "square units" names none
     "rectangle": r"\brectang(?:les?|ular)\b",
     "circle": r"\bcirc(?:les?|ular)\b",
     "square": r"\bsquares?\b(?!\s*(?:grid|units?|[cm]?m\b|centi|met|inch|feet|root|of\b|number))",
@@ -265,7 +265,7 @@ BINDING = re.compile(  # a name with the number that stands behind it: width 24,
     r"\s*(\d+(?:\.\d+)?)(?!\.?\d|\s*[-+*/^])"
 )
 USE = re.compile(  # a name beside an operator
-    rf"(?<=[-+*/^(=])(\s*)({DIMENSIONS}|[a-z])\b|\b()({DIMENSIONS}|[a-z])(?=\s*[-+*/^])"
+    rf"(?<=[-+*/^(=])(\s*)({DIMENSIONS}|[a-z])\b|\b({DIMENSIONS}|[a-z])(?=\s*[-+*/^])"
 )
 EXPRESSION = re.compile(r"(?:[\d(]|pi\b|sqrt\b)(?:[\d.\s+\-*/^()]|pi\b|sqrt\b)*", re.ASCII)
 IMPLICIT_PRODUCT = re.compile(r"(?<=[\d)])\s*(?=\(|pi)|(?<=pi)\s*(?=[\d(])")
@@ -302,7 +302,8 @@ def names_shape(reasoning: str, kind: str) -> bool | None:
     >>> [names_shape(text, "square") for text in ("A square.", "a square or a circle", "5 units")]
     [True, False, None]
     """
-    named = {name for name, words in SHAPES.items() if re.search(words, reasoning, re.IGNORECASE)}
+    words = CLASS_WORDS.items()
+    named = {name for name, pattern in words if re.search(pattern, reasoning, re.IGNORECASE)}
     return named == {kind} if named else None
 
 
@@ -378,8 +379,8 @@ def written_result(value: float, expression: str, result: float) -> float:
 
 def replaced(use: re.Match, bound: dict[str, str]) -> str:
     """Return a name's number, behind the same space; the name itself if it has none."""
-    space, name = (use[1], use[2]) if use[2] else (use[3], use[4])
-    return f"{space}{bound.get(name, name)}"
+    name = use[2] or use[3]
+    return (use[1] or "") + bound.get(name, name)
 
 
 def value_of(expression: str) -> float | None:
