@@ -352,6 +352,7 @@ def values_in(reasoning: str) -> list[Value]:
     [(600.0, 600.0), (600.0, None)]
     """
     text = UNITS.sub(" ", plain(re.sub(r"(?<=\d),(?=\d{3}\b)", "", reasoning)))
+    text = re.sub(r"\.(?=\s|$)", ";", text)  # a full stop is no decimal point
     bound = {found[1] or found[2]: found[3] for found in BINDING.finditer(text)}
     text = USE.sub(lambda use: replaced(use, bound), text)
     found = []
