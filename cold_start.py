@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -55,6 +54,7 @@ from engine.parallel import check_single_process
 from engine.prompts import Prompts, check_no_resize, encode_images, encode_prompts
 from engine.scoring import completion_logprobs
 from engine.sizes import resolve_placement, shape_config, trained_count
+from harness.loader import make_loader
 from harness.terminal import ignore_output_errors
 from rewards import PROMPT, REASONING_TAGS, SYSTEM_MESSAGE, make_prompt
 from shapes import (
@@ -393,7 +393,7 @@ def sight(
 # --- training ---------------------------------------------------------------------------
 
 
-class ColdStartBatches(Dataset):
+class ColdStartBatches:
     """One batch per step, made on demand: prompts, answer ids (rows, C) and their lengths.
 
     The plots are from the "cold_start" split, which shares none with training or evaluation.
@@ -429,13 +429,9 @@ def supervise(loaded: Loaded, spec: ShapeSpec, args: argparse.Namespace) -> None
     triton = verify_triton(next(model.parameters()))
     options = {"lr": args.lr, "betas": (0.9, 0.99), "weight_decay": 0.01, "triton": triton}
     optimizer = optimi.AdamW(model.parameters(), **options)
-    lessons = DataLoader(
-        ColdStartBatches(spec, loaded.processor, args),
-        sampler=range(args.steps),
-        batch_size=None,  # each item is a whole batch already
-        num_workers=args.workers,
-    )
-    progress = tqdm(lessons, unit="step", desc="cold start", disable=None)
+    make_batch = ColdStartBatches(spec, loaded.processor, args).__getitem__
+    batches = make_loader(make_batch, range(args.steps), workers=args.workers)
+    progress = tqdm(batches, unit="step", desc="cold start", disable=None)
     for step, (prompts, ids, lengths) in enumerate(progress):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warmup_cosine(step, args.steps)
@@ -496,7 +492,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-rotation", type=float, default=45.0, metavar="X", help="degrees")
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="pixels")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that draw plots in advance"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that draw the answers' plots in advance",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and examples")
     parser.add_argument(

@@ -27,6 +27,7 @@ from engine.passes import is_out_of_memory
 from engine.prompts import encode_prompts
 from engine.sampling import Sampler, completion_texts, make_generator, stop_ids
 from engine.sizes import resolve_placement
+from harness import metrics
 from harness.checkpoint import CheckpointError, checkpoints_of, steps_of
 from harness.runlog import RunError, read_description
 from harness.terminal import check_folder, ignore_output_errors, write_file
@@ -139,13 +140,13 @@ def share(name: str, hits: list[bool]) -> dict[str, float]:
 
 
 def share_of_judged(name: str, hits: list[bool | None]) -> dict[str, float | None]:
-    """Return the `share` among hits that are not None, and how many are, as `name_judged`.
+    """Return the share of hits among those that are not None, with its interval.
 
-    The share and its interval are None if all are.
+    Also the share that is not None, as `name_judged`; the others are None if all are.
     """
     judged = [hit for hit in hits if hit is not None]
-    found = share(name, judged) if judged else dict.fromkeys((name, f"{name}_low", f"{name}_high"))
-    return {**found, f"{name}_judged": len(judged) / len(hits)}
+    low, high = wilson_interval(sum(judged), len(judged)) if judged else (None, None)
+    return {**metrics.share_of_judged(name, hits), f"{name}_low": low, f"{name}_high": high}
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:

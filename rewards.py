@@ -337,7 +337,7 @@ def arithmetic_is_right(values: list[Value], predicted: float | None) -> bool | 
 
 
 def is_close(value: float, other: float) -> bool:
-    """Return whether two numbers agree within `TOLERANCE`, or half of a last decimal."""
+    """Return whether two numbers agree within `TOLERANCE`, or within half of a second decimal."""
     return abs(value - other) <= max(TOLERANCE * abs(other), 0.005)
 
 

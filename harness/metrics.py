@@ -58,7 +58,7 @@ def step_metrics(
     }
 
 
-def share_of_judged(name: str, hits: list[bool | None]) -> dict[str, float]:
+def share_of_judged(name: str, hits: list[bool | None]) -> dict[str, float | None]:
     """Return the share of hits among those that are not None, and the share that is not None.
 
     The first is None if all are.
