@@ -86,7 +86,7 @@ def attention(
     if windows is not None:
         pieces = windows[0 if module.sees_whole_image else 1]
         return window_attention(query[0], key[0], value[0], pieces, scaling)[None], None
-    if attention_mask is not None and query.shape[2] == 1:
+    if attention_mask is not None and attention_mask.is_floating_point() and query.shape[2] == 1:
         return one_token_attention(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **options
@@ -115,7 +115,7 @@ def one_token_attention(
 ) -> Tensor:
     """Return the attention output of one token per row, (B, 1, Hq, D).
 
-    mask (1, 1, 1, S) is added to the scores. One token needs no causal mask, so the query heads
+    mask (1, 1, 1, S) is added to the scores, so it is no mask of booleans. One token needs no causal mask, so the query heads
     that share a KV head are passed as that many tokens: keys and values are not repeated.
     """
     rows, heads, _, size = query.shape

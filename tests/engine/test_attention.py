@@ -66,6 +66,17 @@ def test_a_stock_call_that_pads_on_the_left_ignores_its_padding(model, prompts):
     assert torch.equal(own[real], other[real])
 
 
+def test_stock_generate_ignores_padding_too(model, processor):
+    """Its decoding steps have a mask of booleans, which must not be added to the scores."""
+    tokenizer = processor.tokenizer
+    texts = ["<reasoning>square, side 20: ", "<think>a circle", "width"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    assert not inputs["attention_mask"].all()
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    own = model.generate(**inputs, **options)
+    assert own.tolist() == stock(model).generate(**inputs, **options).tolist()
+
+
 # --- kernel checks ------------------------------------------------------------------------
 
 
