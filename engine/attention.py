@@ -115,8 +115,9 @@ def one_token_attention(
 ) -> Tensor:
     """Return the attention output of one token per row, (B, 1, Hq, D).
 
-    mask (1, 1, 1, S) is added to the scores, so it is no mask of booleans. One token needs no causal mask, so the query heads
-    that share a KV head are passed as that many tokens: keys and values are not repeated.
+    mask (1, 1, 1, S) is added to the scores, so it is no mask of booleans. One token needs no
+    causal mask, so the query heads that share a KV head are passed as that many tokens: keys and
+    values are not repeated.
     """
     rows, heads, _, size = query.shape
     query = query.reshape(rows, key.shape[1], -1, size)  # (B, Hkv, Hq / Hkv, D)
