@@ -15,11 +15,13 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Trai
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is not an installed package
 
-from rewards import SYSTEM_MESSAGE, make_prompt, score  # noqa: E402
+from rewards import SYSTEM_MESSAGE, Reward, make_prompt, score  # noqa: E402
 from shapes import Example, ShapeSpec, make_example  # noqa: E402
 
 STD_EPS = 1e-4  # added to the group's standard deviation
@@ -38,6 +40,7 @@ CLIP_EPS = 0.2  # of the ratio, on either side
 MAX_GRAD_NORM = 1.0
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
 PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
+Report = Callable[[dict], None]  # is handed each step when it is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,10 @@ class Task:
     model: str = str(ROOT / "tiny")
     prompts: int = 8
     group_size: int = 8
-    max_new_tokens: int = 48
+    max_new_tokens: int = 56
     image_size: int = 224
-    beta: float = 0.02
-    lr: float = 1.5e-4
+    beta: float = 0.05
+    lr: float = 3e-5
     temperature: float = 1.0
     seed: int = 0
     rows_per_pass: int = 8  # per forward and backward pass: 8 % faster than all 64 at once
@@ -112,8 +115,8 @@ def draw(task: Task, index: int) -> Example:
 # --- stock transformers -----------------------------------------------------------------
 
 
-def naive_steps(task: Task, steps: int) -> Iterator[dict]:
-    """Yield the timings of GRPO steps written in plain transformers."""
+def naive_steps(task: Task, steps: int, report: Report) -> None:
+    """Report the timings of GRPO steps written in plain transformers."""
     torch.manual_seed(task.seed)
     processor = AutoProcessor.from_pretrained(task.model)
     policy, reference = load(task), load(task).requires_grad_(False)
@@ -130,7 +133,8 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
 
         batch, completions, mask = roll_out(policy, prompts, task)
         rewards = judge(processor, completions, examples)
-        advantages = group_advantages(rewards).to(task.device)
+        totals = torch.tensor([reward.total for reward in rewards]).view(-1, task.group_size)
+        advantages = group_advantages(totals).to(task.device)
         times.append(now(task))
 
         with torch.no_grad():
@@ -151,14 +155,16 @@ def naive_steps(task: Task, steps: int) -> Iterator[dict]:
         times.append(now(task))
 
         laps = [end - start for start, end in pairwise(times)]
-        yield {
-            "step_s": sum(laps),
-            "completion_tokens": int(mask.sum()),
-            "prompt_tokens": prompts["input_ids"].shape[1],
-            "reward_mean": rewards.mean().item(),
-            **dict(zip(PHASES, laps, strict=True)),
-            **peak(task),
-        }
+        report(
+            {
+                "step_s": sum(laps),
+                "completion_tokens": int(mask.sum()),
+                "prompt_tokens": prompts["input_ids"].shape[1],
+                **means(rewards),
+                **dict(zip(PHASES, laps, strict=True)),
+                **peak(task),
+            }
+        )
 
 
 def load(task: Task) -> Qwen2_5_VLForConditionalGeneration:
@@ -224,13 +230,20 @@ def roll_out(
     return batch, completions, mask
 
 
-def judge(processor, completions: Tensor, examples: list[Example]) -> Tensor:
-    """Return the rewards, (prompts, group size)."""
+def judge(processor, completions: Tensor, examples: list[Example]) -> list[Reward]:
+    """Return the rewards of all rows."""
     texts = processor.batch_decode(completions, skip_special_tokens=True)
     group_size = len(texts) // len(examples)
     areas = [example.area for example in examples for _ in range(group_size)]
-    rewards = [score(text, area).total for text, area in zip(texts, areas, strict=True)]
-    return torch.tensor(rewards).view(-1, group_size)
+    return [score(text, area) for text, area in zip(texts, areas, strict=True)]
+
+
+def means(rewards: list[Reward]) -> dict[str, float]:
+    """Return the mean of a step's rewards, and of its area rewards."""
+    return {
+        "reward_mean": statistics.fmean(reward.total for reward in rewards),
+        "area_reward": statistics.fmean(reward.area_correctness for reward in rewards),
+    }
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -267,12 +280,12 @@ def row_losses(
 # --- TRL --------------------------------------------------------------------------------
 
 
-def trl_steps(task: Task, steps: int) -> list[dict]:
-    """Return the timings of optimizer steps of TRL's GRPOTrainer."""
+def trl_steps(task: Task, steps: int, report: Report) -> None:
+    """Report the timings of optimizer steps of TRL's GRPOTrainer."""
     from datasets import IterableDataset  # imported here: the other peer needs neither package
     from trl import GRPOConfig, GRPOTrainer
 
-    log = StepLog(task)
+    log = StepLog(task, report)
     rows = {"task": task, "count": steps * task.prompts}
     # stdout is for the results, and the run must leave no files behind
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
@@ -284,7 +297,6 @@ def trl_steps(task: Task, steps: int) -> list[dict]:
             callbacks=[log],
         )
         trainer.train()
-    return log.steps
 
 
 def trl_settings(task: Task, steps: int) -> dict:
@@ -342,9 +354,8 @@ class StepLog(TrainerCallback):
     It is also the reward function, the only hook that sees a step's completions.
     """
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.steps: list[dict] = []
+    def __init__(self, task: Task, report: Report) -> None:
+        self.task, self.report = task, report
         self.rollout: dict = {}
         self.tokens_seen = 0
         self.last = 0.0
@@ -352,34 +363,34 @@ class StepLog(TrainerCallback):
     def reward(self, completions, completion_ids, area, trainer_state, **_) -> list[float]:
         """Return the rewards of a step's completions."""
         texts = [messages[-1]["content"] for messages in completions]
-        rewards = [score(text, truth).total for text, truth in zip(texts, area, strict=True)]
+        rewards = [score(text, truth) for text, truth in zip(texts, area, strict=True)]
         tokens = sum(map(len, completion_ids))
         new_tokens = trainer_state.num_input_tokens_seen - self.tokens_seen
         self.tokens_seen += new_tokens
         self.rollout = {
             "completion_tokens": tokens,
             "prompt_tokens": (new_tokens - tokens) // len(texts),
-            "reward_mean": sum(rewards) / len(rewards),
+            **means(rewards),
         }
-        return rewards
+        return [reward.total for reward in rewards]
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """Start the clock."""
         self.last = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_) -> None:
-        """Record a step."""
+        """Report a step."""
         end = now(self.task)
-        self.steps.append({"step_s": end - self.last, **self.rollout, **peak(self.task)})
+        self.report({"step_s": end - self.last, **self.rollout, **peak(self.task)})
         self.last = end
 
 
 # --- command line -----------------------------------------------------------------------
 
 
-def static_steps(task: Task, steps: int) -> Iterator[dict]:
-    """Yield the timings of `naive_steps` with transformers' static cache."""
-    return naive_steps(dataclasses.replace(task, cache="static"), steps)
+def static_steps(task: Task, steps: int, report: Report) -> None:
+    """Report the timings of `naive_steps` with transformers' static cache."""
+    naive_steps(dataclasses.replace(task, cache="static"), steps, report)
 
 
 PEERS = {"naive": naive_steps, "static": static_steps, "trl": trl_steps}
@@ -392,8 +403,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="default: 4")
     add_flags(parser)
     args = parser.parse_args(arguments)
-    for step in PEERS[args.peer](task_of(args), args.steps):
-        print(json.dumps(step), flush=True)
+    stdout = sys.stdout  # TRL's own prints go to stderr meanwhile
+    report = partial(print, file=stdout, flush=True)
+    PEERS[args.peer](task_of(args), args.steps, lambda step: report(json.dumps(step)))
 
 
 if __name__ == "__main__":

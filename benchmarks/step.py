@@ -51,7 +51,7 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
     With `fixed_length`, no token ends a completion.
     """
     dtype = "float32" if task.device == "cpu" else "bfloat16"
-    flags = ["--preset", "tiny", "--dtype", dtype, "--steps", str(steps)]
+    flags = ["--preset", "tiny", "--dtype", dtype, "--steps", str(steps), "--warmup-steps", "0"]
     names = ("model", "device", "group_size", "max_new_tokens", "image_size", "beta", "lr")
     for name in (*names, "temperature", "seed"):
         flags += ["--" + name.replace("_", "-"), str(getattr(task, name))]
@@ -71,6 +71,7 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
         yield {
             "step_s": metrics["step_s"],
             "completion_tokens": sum(rollout.lengths),
+            "area_reward": metrics["area_correctness_reward"],
             **{phase: metrics[phase] for phase in PHASES},
             **peak(task),
         }

@@ -19,6 +19,7 @@ import gpu as gpu_benchmark  # noqa: E402
 import growth  # noqa: E402
 import peers  # noqa: E402
 import random_checkpoint  # noqa: E402
+import speedrun  # noqa: E402
 
 
 def run(*command: str) -> str:
@@ -117,3 +118,32 @@ def test_the_naive_peer_runs(capsys):
     step = json.loads(line)
     assert step["completion_tokens"] > 64
     assert step["prompt_tokens"] == 104
+
+
+def test_a_run_ends_when_the_mean_of_ten_steps_reaches_the_target(monkeypatch):
+    """A trainer that earns its step's number, in 0.5 s a step, for ever."""
+    code = "import json, itertools\nfor i in itertools.count(): "
+    code += "print(json.dumps({'step_s': 0.5, 'area_reward': i}), flush=True)"
+    popen = subprocess.Popen
+
+    def counting(command, **options):
+        return popen([sys.executable, "-c", code], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", counting)
+    # steps 6 to 15 have the mean 10.5
+    assert speedrun.seconds_to(10.5, "own", peers.Task(), steps=100) == (8.0, 16)
+
+
+@pytest.mark.parametrize("name", ["own", "naive"])
+def test_a_run_that_never_gets_there_is_told(name):
+    task = peers.Task(prompts=1, group_size=2, max_new_tokens=4, image_size=84)
+    assert speedrun.seconds_to(3.1, name, task, steps=2) is None
+
+
+def test_the_table_of_the_speedrun_by_hand(capsys):
+    found = {"own": [(30.0, 40), (20.0, 30), (50.0, 60)], "trl": [(90.0, 50), None, (60.0, 45)]}
+    speedrun.report(found, 200)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| this trainer | 30 | 1.0 | 30, 20, 50 | 40 |",
+        "| TRL's GRPOTrainer | 90 | 3.0 | 90, never, 60 | 50 |",
+    ]
