@@ -1,221 +1,213 @@
-"""cold_start.py: its synthetic answers, and the tiny model that it trains."""
+"""cold_start.py: its command line, its rounds, and what it leaves behind."""
 
-import re
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
 import cold_start
-from cold_start import (
-    MISTAKES,
-    DenseHead,
-    Flaws,
-    bounding_box,
-    dense_loss,
-    dense_targets,
-    encode_answers,
-    synthetic_answer,
-    tiny_tokenizer,
-    warmup_cosine,
-)
+from cold_start import check_arguments, fill_in_defaults, is_finished, make_parser
 from engine.loading import load
-from engine.sizes import empty_model, numel
-from rewards import score
-from shapes import Shape, ShapeSpec, make_example
+from warmup import stages
+from warmup.state import STATE, options_until
 
-SPEC = ShapeSpec(min_size=5.0)
-
-
-def answers_and_shapes(tag: str = "reasoning", **flaws: float):
-    rng = np.random.default_rng(0)
-    for i in range(200):
-        shape = make_example(SPEC, seed=0, split="cold_start", index=i).shape
-        yield synthetic_answer(shape, reasoning_tag=tag, flaws=Flaws(**flaws), rng=rng), shape
+FEW = ["--batch-size", "2", "--image-size", "84"]
+NEW = ["--from-scratch", *FEW, "--calculate-steps", "2", "--see-steps", "2"]
+NEW += ["--speak-steps", "2", "--stumble-steps", "1"]
 
 
-@pytest.mark.parametrize("tag", ["reasoning", "think"])
-def test_an_answer_without_flaws_earns_everything(tag):
-    for answer, shape in answers_and_shapes(tag):
-        assert score(answer, shape.area, reasoning_tag=tag).total == pytest.approx(4.0, abs=0.01)
+@pytest.fixture
+def held_out(monkeypatch):
+    monkeypatch.setattr(stages, "HELD_OUT", 2)
 
 
-def test_a_sloppy_answer_lacks_format_but_has_an_area():
-    rewards = [score(answer, shape.area) for answer, shape in answers_and_shapes(sloppy=1.0)]
-    assert all(r.area_format + r.xml_format < 1.0 for r in rewards)
-    assert all(r.relative_error < 0.05 for r in rewards)
-    assert {(r.area_format, r.xml_format) for r in rewards} == {(0, 0), (0, 0.5), (0.5, 0)}
+def replaced(monkeypatch, name: str, work) -> None:
+    """Replace a stage by a function of the model and the lessons."""
+    work.__name__ = name
+    monkeypatch.setattr(cold_start, name, work)
 
 
-def test_a_mistake_is_well_formed_and_consistent():
-    for answer, shape in answers_and_shapes(mistakes=1.0):
-        formula, mistaken_area = MISTAKES[shape.kind]
-        reward = score(answer, mistaken_area(shape))
-        assert reward.total == pytest.approx(4.0, abs=0.01)
-        assert f": {formula}</reasoning>" in answer
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
-def test_area_noise_is_the_std_of_the_log():
-    pairs = answers_and_shapes(area_noise=0.3)
-    logs = [np.log(score(answer, shape.area).predicted / shape.area) for answer, shape in pairs]
-    assert np.std(logs) == pytest.approx(0.3, abs=0.05)
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load(str(folder), device="cpu", dtype="bfloat16").policy.state_dict()
 
 
-def test_answers_end_in_the_stop_token(processor):
-    ids, lengths = encode_answers(processor.tokenizer, ["12.50", "7"])
-    stop = processor.tokenizer.eos_token_id
-    assert [row[n - 1] for row, n in zip(ids, lengths, strict=True)] == [stop, stop]
-    assert lengths == [6, 2]
+# --- rounds -------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_splits_digits_and_loses_nothing():
-    tokenizer = tiny_tokenizer()
-    assert tokenizer.tokenize("1234.50") == ["1", "2", "3", "4", ".", "5", "0"]
-    for text in ("<answer>12.50</answer>", "größer ٤ 面积\n\t🙂", "You read geometric"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_a_stage_ends_when_its_target_is_met_or_its_rounds_are_over():
+    new, old = (
+        make_parser().parse_args([*start, "--out", "-"])
+        for start in (["--from-scratch"], ["--model", "M"])
+    )
+    missed, met = ("see", False), ("see", True)
+    assert not is_finished("see", [("calculate", True)], new)
+    assert not is_finished("see", 2 * [missed], new)
+    assert is_finished("see", 3 * [missed], new)
+    assert is_finished("see", [missed, met], new)
+    assert is_finished("see", [missed], old)
 
 
-def test_the_bundled_tokenizer_is_the_one_that_is_made(processor):
-    assert tiny_tokenizer().get_vocab() == processor.tokenizer.get_vocab()
+def test_no_two_rounds_share_a_plot(tmp_path, monkeypatch):
+    """Two rounds of seeing, 2 x 2 plots each, behind one of calculating, which leaves them out."""
+    rounds = []
+
+    def recorded(met):
+        def stage(model, lessons):
+            rounds.append((lessons.rounds, lessons.plots))
+            return next(met)
+
+        return stage
+
+    for name, met in {"calculate": [True], "see": [False, True], "speak": [True]}.items():
+        replaced(monkeypatch, name, recorded(iter(met)))
+    cold_start.main([*NEW, "--out", str(tmp_path / "x"), "--stumble-steps", "0"])
+    assert rounds == [(0, 0), (1, 4), (2, 8), (3, 12)]
 
 
-def test_the_bundled_model_is_small():
-    folder = Path(TINY)
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
-    assert (folder / "model.safetensors").exists()
+# --- what is left -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "parameters"), [("tiny", 2_841_984), ("small", 163_721_728)])
-def test_the_sizes_from_scratch(size, parameters, monkeypatch):
-    monkeypatch.setattr(cold_start, "Qwen2_5_VLForConditionalGeneration", empty_model)
-    monkeypatch.setattr(cold_start, "use_own_attention", lambda model: None)
-    model = cold_start.new_model(0, size).policy
-    assert numel(model) == parameters
-
-
-def test_a_visual_token_is_inside_the_box_where_its_center_has_the_shapes_colour():
-    """For squares that are not turned, pixels tell the same as the taught distances."""
-    examples = [make_example(ShapeSpec(), seed=0, split="cold_start", index=i) for i in range(40)]
-    squares = [example for example in examples if example.shape.kind in ("square", "rectangle")]
-    assert len(squares) > 10
-    _, sizes, distances = dense_targets(squares, 224)
-    assert torch.allclose(distances[..., 0] + distances[..., 2], sizes[:, :1].expand(-1, 64))
-    assert torch.allclose(distances[..., 1] + distances[..., 3], sizes[:, 1:].expand(-1, 64))
-    for example, of_tokens in zip(squares, distances, strict=True):
-        color = (255 * np.array(example.shape.color)).round()
-        inside = (of_tokens > 0).all(-1).view(8, 8)
-        clear = (of_tokens.abs() > 1).all(-1).view(8, 8)  # not on the outline
-        pixels = np.asarray(example.image, dtype=float)[14::28, 14::28]
-        colored = torch.tensor(np.abs(pixels - color).max(-1) <= 2)
-        assert torch.equal(inside[clear], colored[clear])
-
-
-def test_the_boxes_of_circles_and_turned_shapes_hold_their_outline():
-    circle = Shape("circle", 10.0, 10.0, (20.0, 30.0), (), (0, 0, 0))
-    assert bounding_box(circle) == [15.0, 25.0, 25.0, 35.0]
-    triangle = Shape("triangle", 1, 1, (0, 0), ((1.0, 2.0), (8.0, 3.0), (4.0, 9.0)), (0, 0, 0))
-    assert bounding_box(triangle) == [1.0, 2.0, 8.0, 9.0]
-
-
-def test_the_dense_loss_by_hand():
-    """Of a head that says nothing: log 4 for the class, |x| - 1/2 for each number."""
-    head = DenseHead(8)
-    torch.nn.init.zeros_(head.linear.weight), torch.nn.init.zeros_(head.linear.bias)
-    targets = torch.tensor([2]), torch.tensor([[10.0, 20.0]]), torch.full((1, 9, 4), 5.0)
-    loss = dense_loss(head, torch.randn(1, 9, 8), targets)
-    assert loss.item() == pytest.approx(np.log(4) + 0.5 * 14.5 + 0.25 * 4.5)
-
-
-def test_the_tower_learns_to_see_and_nothing_else_changes(capsys, monkeypatch):
-    monkeypatch.setattr(cold_start, "SIGHT_EXAMPLES", 32)
-    monkeypatch.setattr(cold_start, "SIGHT_EVERY", 20)
-    flags = ["--from-scratch", "--out", "-", "--batch-size", "16", "--image-size", "84"]
-    args = cold_start.make_parser().parse_args([*flags, "--see-steps", "60"])
-    loaded = cold_start.new_model(0)
-    before = {name: tensor.clone() for name, tensor in loaded.policy.state_dict().items()}
-    cold_start.see(loaded, SPEC, args)
-    changed = {
-        name
-        for name, tensor in loaded.policy.state_dict().items()
-        if not torch.equal(tensor, before[name])
-    }
-    assert changed == {name for name in before if name.startswith("model.visual.")}
-    off = [float(value) for value in re.findall(r"off by ([\d.]+) units", capsys.readouterr().out)]
-    assert len(off) == 3
-    assert off[-1] < off[0]
-
-
-def test_the_learning_rate_rises_and_falls():
-    factors = [warmup_cosine(step, 100) for step in range(100)]
-    assert factors[0] == pytest.approx(0.2)
-    assert max(factors) == pytest.approx(factors[5], abs=0.01)
-    assert 0 < factors[-1] < 0.001
-
-
-@pytest.mark.parametrize(
-    ("flags", "error", "code"),
-    [
-        ([], KeyboardInterrupt(), 130),
-        (["--lr", "1", "--steps", "3"], None, "not saved: "),  # its weights are not finite
-    ],
-)
-def test_nothing_is_left_where_nothing_is_saved(tmp_path, monkeypatch, flags, error, code):
-    def spoiled(loaded, *_):
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (None, "not saved: ")])
+def test_nothing_is_left_where_nothing_is_saved(tmp_path, monkeypatch, error, code):
+    def spoiled(model, _):
         if error:
             raise error
         with torch.no_grad():
-            loaded.policy.lm_head.weight[0, 0] = float("nan")
+            model.lm_head.weight[0, 0] = float("nan")
 
-    monkeypatch.setattr(cold_start, "supervise", spoiled)
+    replaced(monkeypatch, "calculate", spoiled)
     with pytest.raises(SystemExit) as stop:
-        cold_start.main(["--from-scratch", "--out", str(tmp_path / "one"), *flags])
+        cold_start.main(["--from-scratch", "--out", str(tmp_path / "one")])
     assert stop.value.code == code or code in stop.value.code
     assert not (tmp_path / "one").exists()
 
 
-def test_the_command_from_scratch_and_from_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(cold_start, "SIGHT_EXAMPLES", 2)
-    flags = ["--steps", "2", "--batch-size", "2", "--image-size", "84"]
-    new = ["--from-scratch", "--see-steps", "2", *flags]
-    cold_start.main([*new, "--out", str(tmp_path / "one")])
-    workers = ["--workers", "1"]  # the same plots and answers, made by another process
-    cold_start.main([*new, "--out", str(tmp_path / "same"), *workers])
-    cold_start.main(["--model", str(tmp_path / "one"), "--out", str(tmp_path / "two"), *flags])
-    one, same, two = (
-        load(str(tmp_path / name), device="cpu", dtype="bfloat16").policy.lm_head.weight
-        for name in ("one", "same", "two")
-    )
-    assert torch.equal(one, same)
-    assert not torch.equal(one, two)
+def test_an_interrupted_warm_up_goes_on_to_the_same_files(tmp_path, monkeypatch, capsys, held_out):
+    """Bit for bit; the plots may be made by another process, and later stages may change."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    cold_start.main([*NEW, "--out", str(one)])
+    assert not (one / STATE).exists()
+    with monkeypatch.context() as patch:
+        replaced(patch, "speak", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            cold_start.main([*NEW, "--out", str(two), "--lr", "1e-5"])
+        assert stop.value.code == 130
+    with pytest.raises(SystemExit):
+        cold_start.main([*NEW, "--out", str(two), "--see-steps", "3"])
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--see-steps 3: the unfinished warm-up in {two} has --see-steps 2" in told
+    cold_start.main([*NEW, "--out", str(two), "--workers", "1"])
+    assert "continues after: calculate" in capsys.readouterr().out
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_a_full_disk_costs_the_state_and_not_the_model(tmp_path, monkeypatch, capsys):
+    for name in ("calculate", "see", "speak", "stumble"):
+        replaced(monkeypatch, name, lambda model, lessons: True)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    cold_start.main([*NEW, "--out", str(tmp_path / "x")])
+    assert len(capsys.readouterr().err.strip().splitlines()) == 4  # a line per round
+    assert (tmp_path / "x" / "model.safetensors").exists()
+
+
+def test_a_state_depends_on_the_options_of_the_stages_before_it():
+    assert "lr" not in options_until("see")
+    assert {"seed", "see_steps", "lr"} <= set(options_until("speak"))
+    args = make_parser().parse_args(["--from-scratch", "--out", "-"])
+    assert set(options_until("stumble")) == vars(args).keys() - {
+        *("from_scratch", "model", "out", "workers", "device"),
+    }
+
+
+def test_a_model_that_exists_gets_perfect_answers_and_is_judged_when_it_is_saved(
+    tmp_path, held_out, capsys, monkeypatch
+):
+    replaced(monkeypatch, "judge", interrupted)
+    with pytest.raises(SystemExit):
+        cold_start.main(["--model", TINY, "--out", str(tmp_path / "x"), *FEW, "--speak-steps", "2"])
+    before, after = weights(TINY), weights(tmp_path / "x")
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert "saved; load it" in capsys.readouterr().out
+    assert not (tmp_path / "x" / STATE).exists()
+
+
+# --- bad input ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "message"),
     [
-        ["--from-scratch", "--out", TINY],
-        ["--from-scratch", "--model", TINY, "--out", "x"],
-        ["--from-scratch", "--out", "x", "--min-size", "40"],
-        ["--model", "missing", "--out", "x"],
-        ["--from-scratch", "--out", "/proc/x"],
-        ["--from-scratch"],
-        ["--from-scratch", "--out", "x", "--steps", "0"],
-        ["--from-scratch", "--out", "x", "--sloppy", "2"],
-        ["--from-scratch", "--out", "x", "--mistakes", "-1"],
-        ["--from-scratch", "--out", "x", "--area-noise", "nan"],
-        ["--from-scratch", "--out", "x", "--see-steps", "-1"],
-        ["--from-scratch", "--out", "x", "--see-lr", "0"],
-        ["--model", TINY, "--out", "x", "--see-steps", "5"],
+        (["--from-scratch", "--out", TINY], "already exists"),
+        (["--from-scratch", "--out", __file__], "already exists"),
+        (["--from-scratch", "--model", TINY, "--out", "x"], "--model"),
+        (["--from-scratch", "--out", "x", "--min-size", "40"], "--min-size 40"),
+        (["--model", "missing", "--out", "x"], "missing"),
+        (["--from-scratch", "--out", "/proc/x"], "/proc/x"),
+        (["--from-scratch"], "--out"),
+        (["--from-scratch", "--out", "x", "--calculate-steps", "-1"], "--calculate-steps -1"),
+        (["--from-scratch", "--out", "x", "--see-steps", "-1"], "--see-steps -1"),
+        (["--from-scratch", "--out", "x", "--speak-steps", "-1"], "--speak-steps -1"),
+        (["--from-scratch", "--out", "x", "--stumble-steps", "-1"], "--stumble-steps -1"),
+        (["--model", TINY, "--out", "x", "--speak-steps", "0"], "--speak-steps 0"),
+        (["--from-scratch", "--out", "x", "--sloppy", "2"], "--sloppy 2"),
+        (["--from-scratch", "--out", "x", "--mistakes", "-1"], "--mistakes -1"),
+        (["--from-scratch", "--out", "x", "--misread", "nan"], "--misread nan"),
+        (["--from-scratch", "--out", "x", "--stumble-steps", "0", "--misread", "1"], "--misread 1"),
+        (["--model", TINY, "--out", "x", "--sloppy", "0.5"], "--sloppy 0.5"),
+        (["--from-scratch", "--out", "x", "--lr", "0"], "--lr 0"),
+        (["--from-scratch", "--out", "x", "--seed", "-1"], "--seed -1"),
+        (["--from-scratch", "--out", "x", "--batch-size", "0"], "--batch-size 0"),
+        (["--from-scratch", "--out", "x", "--workers", "-1"], "--workers -1"),
+        (["--model", TINY, "--out", "x", "--size", "tiny"], "--size tiny"),
+        (["--model", TINY, "--out", "x", "--see-steps", "5"], "--see-steps 5"),
+        (["--model", TINY, "--out", "x", "--calculate-steps", "5"], "--calculate-steps 5"),
     ],
 )
-def test_bad_input_is_one_line(flags, capsys, monkeypatch, tmp_path):
+def test_bad_input_is_one_line(flags, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         cold_start.main(flags)
     assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", ["no archive", "no keys", "other weights"])
+def test_a_damaged_state_is_named(state, capsys, tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    args = make_parser().parse_args([*NEW, "--out", str(folder)])
+    check_arguments(args)
+    fill_in_defaults(args)
+    options = {name: getattr(args, name) for name in options_until("stumble")}
+    if state == "no archive":
+        (folder / STATE).write_bytes(b"no zip file")
+    elif state == "no keys":
+        torch.save([1], folder / STATE)
+    else:
+        rounds, other = [("calculate", True)], {"x": torch.ones(1)}
+        torch.save({"rounds": rounds, "options": options, "weights": other}, folder / STATE)
+    with pytest.raises(SystemExit) as stop:
+        cold_start.main([*NEW, "--out", str(folder)])
+    assert stop.value.code == 2
+    assert "is damaged; delete it" in capsys.readouterr().err
+
+
+def test_a_folder_with_half_a_state_is_as_good_as_new(tmp_path, monkeypatch):
+    (tmp_path / f"{STATE}.partial").write_bytes(b"half")
+    replaced(monkeypatch, "calculate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cold_start.main([*NEW, "--out", str(tmp_path)])
+    assert stop.value.code == 130
 
 
 def test_a_gpu_that_is_asked_for_must_be_there(capsys, monkeypatch, tmp_path):

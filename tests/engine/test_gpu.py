@@ -29,6 +29,8 @@ import cold_start
 import evaluate
 import main
 from engine import attention, fastpath, sampling
+from warmup.answers import Flaws
+from warmup.lessons import Lessons
 
 FLAGS = "--preset tiny --device cuda --steps 1 --prompts-per-step 2 --group-size 2 --image-size 56"
 FLAGS += " --max-new-tokens 20 --eval-every 0 --save-every 0 --sample-every 1000"
@@ -135,11 +137,28 @@ def test_a_run_is_evaluated(runs, name, tmp_path):
     assert Path(picture).exists()
 
 
-def test_a_model_is_warmed_up(flags, tmp_path):
-    some = ["--steps", "2", "--batch-size", "2", "--image-size", "56"]
+def test_a_model_is_warmed_up(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("warmup.stages.HELD_OUT", 2)
+    some = ["--speak-steps", "2", "--batch-size", "2", "--image-size", "56"]
     gpu = on_gpu(cold_start.main, "--model", flags[-1], "--out", str(tmp_path / "warm"), *some)
     assert gpu.unmarked_reads() == []
     assert (tmp_path / "warm" / "model.safetensors").exists()
+
+
+def test_a_new_model_goes_through_all_stages(tmp_path, monkeypatch):
+    """But for transformers' `generate`, which judges the first one, and prints tensors."""
+    monkeypatch.setattr("warmup.stages.HELD_OUT", 2)
+    monkeypatch.setattr("warmup.stages.share_calculated", lambda *_: 1.0)
+    flags = ["--batch-size", "2", "--image-size", "56"]
+    for stage in ("calculate", "see", "speak", "stumble"):
+        flags += [f"--{stage}-steps", "1"]
+    monkeypatch.setattr(cold_start, "ROUNDS", 1)
+    for check in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        # torch's AdamW asks the driver; torch 2.11 has the second name
+        monkeypatch.setattr(torch.optim.Optimizer, check, lambda self: None, raising=False)
+    gpu = on_gpu(cold_start.main, "--from-scratch", "--out", str(tmp_path / "new"), *flags)
+    assert gpu.unmarked_reads() == []
+    assert (tmp_path / "new" / "model.safetensors").exists()
 
 
 def test_weights_in_fp32(flags, tmp_path):
@@ -280,10 +299,10 @@ def test_a_read_while_a_graph_is_recorded_is_refused():
 
 def test_all_that_a_loader_hands_over_can_be_pinned(processor):
     """Every tensor of a batch, even those that stay on the host."""
-    lessons = cold_start.make_parser().parse_args(["--model", TINY, "--out", "-"])
+    args = cold_start.make_parser().parse_args(["--model", TINY, "--out", "-"])
     config = config_of("--preset", "tiny", "--prompts-per-step", "3")
     batch = main.make_batch(config, processor, 0, 0)[1]
-    lesson, ids, _ = cold_start.ColdStartBatches(config.spec, processor, lessons)[0]
+    lesson, ids, _ = Lessons(processor, args).answers(0, Flaws())
     tensors = [x for prompts in (batch, lesson) for x in vars(prompts).values() if x is not None]
     for tensor in [*tensors, ids]:
         assert torch.equal(pin_memory(tensor), tensor)

@@ -113,8 +113,9 @@ def test_a_bf16_run_keeps_config_json_byte_for_byte(base):
     assert (final / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
-def test_a_warmed_up_model_keeps_the_files_too(base, tmp_path):
-    flags = ["--steps", "1", "--batch-size", "2", "--image-size", "84"]
+def test_a_warmed_up_model_keeps_the_files_too(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("warmup.stages.HELD_OUT", 2)
+    flags = ["--speak-steps", "1", "--batch-size", "2", "--image-size", "84"]
     cold_start(["--model", str(base), "--out", str(tmp_path / "warm"), *flags])
     for name in FILES.keys() - {"generation_config.json"}:
         assert (tmp_path / "warm" / name).read_bytes() == (base / name).read_bytes(), name
