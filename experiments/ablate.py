@@ -1,13 +1,16 @@
-"""Train with one part of the algorithm taken out, to see what that part is for.
+"""Train with one part of the algorithm or the task taken out or replaced, to see what it is for.
 
 python experiments/ablate.py stop-token --preset tiny --name no-stop-token
 
-All flags are those of main.py. For parts that main.py can switch off itself (--beta 0,
+All flags are those of main.py; keep --workers at 0, because the change is made in this process, and
+do not resume such a run with main.py. For parts that main.py can switch off itself (--beta 0,
 --group-size), use its own flags.
 """
 
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,12 +20,28 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import grpo
 import main
+import shapes
 from harness import health
+from rewards import CORRECTNESS_MIN, Reward
 
 
 def without_std(group_advantages: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a `group_advantages` that does not divide by the group's standard deviation."""
     return lambda rewards, *, divide_by_std: group_advantages(rewards, divide_by_std=False)
+
+
+def with_batch_std(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a `group_advantages` that divides by the std of all rewards of the step.
+
+    A group's rewards then keep their size beside those of other groups.
+    """
+
+    def advantages(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
+        centered = rewards - rewards.mean(1, keepdim=True)
+        scaled = centered / (rewards.std() + grpo.STD_EPS)
+        return torch.where(grpo.has_spread(rewards)[:, None], scaled, 0.0)
+
+    return advantages
 
 
 def without_stop_token(token_weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -53,11 +72,41 @@ def without_kahan(_: Callable) -> Callable[..., torch.optim.Optimizer]:
     )
 
 
+def only_if_it_follows(score: Callable[..., Reward]) -> Callable[..., Reward]:
+    """Return a `score` whose area reward is the worst unless the answer follows from the words."""
+
+    def strict(*arguments, **options) -> Reward:
+        reward = score(*arguments, **options)
+        return (
+            reward if reward.answer_follows else replace(reward, area_correctness=CORRECTNESS_MIN)
+        )
+
+    return strict
+
+
+def with_log_sizes(_: Callable) -> Callable[..., tuple[float, float]]:
+    """Return a `sample_size` that is uniform in the logarithm: small shapes come more often."""
+
+    def sample_size(kind: str, spec: shapes.ShapeSpec, rng) -> tuple[float, float]:
+        low, high = math.log(spec.min_size), math.log(spec.max_size)
+        while True:
+            width, height = (math.exp(rng.uniform(low, high)) for _ in range(2))
+            if kind in ("square", "circle"):
+                return width, width
+            if kind == "triangle" or abs(width - height) >= shapes.MIN_SIDE_DIFFERENCE:
+                return width, height
+
+    return sample_size
+
+
 ABLATIONS = {  # name: module, function to replace, maker of its replacement
     "std": (grpo, "group_advantages", without_std),
+    "batch-std": (grpo, "group_advantages", with_batch_std),
     "stop-token": (grpo, "token_weights", without_stop_token),
     "scored-temperature": (grpo, "completion_logprobs", without_temperature),
     "kahan": (main, "make_optimizer", without_kahan),
+    "unfounded-answers": (main, "score", only_if_it_follows),
+    "uniform-sizes": (shapes, "sample_size", with_log_sizes),
 }
 
 

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs held-out
 seed=${SEED:-0} steps=${STEPS:-200}
-flags="--prompts-per-step 8 --group-size 16 --max-new-tokens 48 --beta 0.02 --lr 2e-5 --workers 3"
+flags="--prompts-per-step 8 --group-size 16 --max-new-tokens 56 --lr 2e-5 --workers 3"
 flags="$flags --micro-batch 8 --save-every 0 --no-save-optimizer --steps $steps --seed $seed"
 declare -A tasks=(
   [base]="--min-size 20 --max-size 35 --no-rotate"
@@ -22,7 +22,7 @@ declare -A tasks=(
 
 cold() {
   python cold_start.py --from-scratch --size small --workers 12 --batch-size 64 \
-    --steps "${COLD_STEPS:-3000}" --lr 3e-4 --out runs/small
+    --lr 3e-4 --out runs/small
 }
 
 grpo() {
@@ -42,7 +42,7 @@ answers() {
         file="held-out/$model-on-$task-at-$temperature"
         # shellcheck disable=SC2086
         python evaluate.py "runs/$model" ${tasks[$task]} --seed "$seed" \
-          --temperature "$temperature" --max-new-tokens 48 --batch-size 128 --show 1 \
+          --temperature "$temperature" --max-new-tokens 56 --batch-size 128 --show 1 \
           --json "$file.json" --plot "$file.png" | tee "$file.txt"
       done
     done

@@ -240,8 +240,8 @@ def test_every_metric_is_in_the_glossary(step):
 
 
 def test_the_table_of_the_readme_is_that_of_the_results():
-    numbers = json.loads((ROOT / "experiments/results/base.json").read_text())["numbers"]
-    assert figures.base_table(numbers) in (ROOT / "README.md").read_text()
+    numbers = json.loads((ROOT / "experiments/results/tasks.json").read_text())["numbers"]
+    assert figures.task_table(numbers["base"]) in (ROOT / "README.md").read_text()
 
 
 # --- size ---------------------------------------------------------------------------------

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, config_of
 from test_main import SMALL
 
-import cold_start
 import grpo
 import main
+import shapes
 from experiments import ablate, figures
 from harness import health
 from harness.runlog import read_lines
@@ -42,6 +43,35 @@ def test_without_std_advantages_are_only_centered(take_out):
     assert grpo.group_advantages(rewards).abs().max() < 1  # 1 / sqrt(2)
     take_out("std")
     assert grpo.group_advantages(rewards, divide_by_std=True).tolist() == [[-1.0, 1.0]]
+
+
+def test_with_the_std_of_the_batch_groups_keep_their_size_beside_each_other(take_out):
+    rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0], [-4.0, 4.0]])
+    take_out("batch-std")
+    advantages = grpo.group_advantages(rewards, divide_by_std=True)
+    std = rewards.flatten().std()
+    torch.testing.assert_close(advantages * std, torch.tensor([[-1.0, 1], [0, 0], [-4, 4]]))
+
+
+def test_an_answer_that_does_not_follow_earns_no_area(take_out):
+    take_out("unfounded-answers")
+    for words, area in (("20 * 20", 3.0), ("21 * 21", -3.0), ("many", -3.0)):
+        text = f"<reasoning>square: {words}</reasoning><answer>400.00</answer>"
+        reward = main.score(text, 400.0, kind="square")
+        assert (reward.area_correctness, reward.xml_format) == (area, 0.5)
+
+
+def test_without_uniform_sizes_half_of_the_sides_are_below_the_geometric_mean(take_out):
+    spec = shapes.ShapeSpec(min_size=5.0, max_size=35.0)
+    below = {}
+    for part in ("whole", "uniform-sizes"):
+        rng = np.random.default_rng(0)
+        sizes = [shapes.sample_size("triangle", spec, rng) for _ in range(1000)]
+        below[part] = np.mean(np.array(sizes) < 175**0.5)
+        assert np.min(sizes) >= 5.0 and np.max(sizes) <= 35.0
+        take_out("uniform-sizes")
+    assert below["whole"] == pytest.approx((175**0.5 - 5) / 30, abs=0.03)
+    assert below["uniform-sizes"] == pytest.approx(0.5, abs=0.03)
 
 
 def test_without_the_stop_token_the_last_token_of_a_row_has_no_weight(take_out):
@@ -81,7 +111,7 @@ def test_scoring_at_another_temperature_than_sampling_shows_in_the_gap(
 
 def test_a_part_that_is_not_known_is_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "everything"])
-    with pytest.raises(SystemExit, match="one of: std, stop-token, scored-temperature, kahan"):
+    with pytest.raises(SystemExit, match="one of: std, batch-std, stop-token"):
         ablate.run()
 
 
@@ -97,17 +127,16 @@ def test_the_tables_in_the_docs_are_those_of_the_results(name):
     assert not any(commit.endswith("+changes") for commit in commits)
 
 
-def test_errors_are_percent_by_group_one_per_seed(tmp_path, monkeypatch):
+def test_a_summary_has_one_value_per_seed_and_counts_different_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "HELD_OUT", tmp_path)
-    groups = ("all", *figures.THIRDS, *figures.KINDS)
+    keys = {key for key, _, _ in figures.COLUMNS.values()} - {"different_answers"}
     for seed in figures.SEEDS:
-        summary = {group: {"relative_error_mean": seed / 100} for group in groups}
-        summary["small"] = {"relative_error_mean": 0.5}
-        path = tmp_path / f"x-seed{seed}-on-wide-at-1.json"
-        path.write_text(json.dumps({"summaries": summary}))
-    found = figures.errors("x", "wide", "sampled")
-    assert found["all"] == [0.0, 1.0, 2.0]
-    assert found["small"] == [50.0, 50.0, 50.0]
+        answers = [{"reward": {"predicted": value}} for value in (1.0, 2.0, 1.0, None)]
+        found = {"summaries": {"all": dict.fromkeys(keys, seed / 100)}, "answers": answers}
+        (tmp_path / f"x-seed{seed}-on-wide-at-1.json").write_text(json.dumps(found))
+    found = figures.summaries("x", "wide", "sampled")
+    assert found["shape_named"] == [0.0, 0.01, 0.02, 0.03, 0.04]
+    assert found["different_answers"] == [2] * 5
 
 
 @pytest.fixture
@@ -119,13 +148,13 @@ def an_entry(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     made = {"command": "figures.py x", "git_commit": "0"}
-    monkeypatch.setattr(figures, "made_by", lambda names, seeds: made)
+    monkeypatch.setattr(figures, "made_by", lambda names: made)
     monkeypatch.setitem(figures.ENTRIES, "x", (lambda: {"a": 1.0}, str, fail))
     monkeypatch.setattr("sys.argv", ["figures.py", "x"])
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["base", "variations"])
+@pytest.mark.parametrize("name", figures.ENTRIES)
 def test_without_runs_a_figure_says_what_makes_them(name, tmp_path, monkeypatch):
     for folder in ("RUNS", "HELD_OUT"):
         monkeypatch.setattr(figures, folder, tmp_path)
@@ -185,25 +214,15 @@ def commands() -> dict[str, list[str]]:
 
 def test_each_run_of_reproduce_sh_has_flags_that_are_accepted():
     for program, *flags in commands().values():
-        if program == "cold_start.py":
-            parser = cold_start.make_parser()
-            args = parser.parse_args(["--model", TINY, "--out", "none", *flags])
-            cold_start.check_arguments(args)
-            continue
-        if program == "experiments/ablate.py":
-            assert flags.pop(0) in ablate.ABLATIONS
-        else:
-            assert program == "main.py"
+        assert program == "main.py"
         config_of("--preset", "tiny", *flags)
 
 
 def test_what_is_compared_is_what_reproduce_sh_makes():
-    ablated = {name for runs in figures.ABLATIONS.values() for name in runs.values()}
-    kept = json.loads(figures.TAKEN_OUT.read_text())["numbers"]
-    compared = {*figures.GAP.values(), *figures.CONFIRM.values()} - {"before", *kept}
-    rounded = set(figures.BF16.values())
-    assert {*figures.TASKS, *compared, *ablated, *rounded} <= commands().keys()
+    assert figures.TASKS.keys() <= commands().keys()
     text = (ROOT / "experiments" / "reproduce.sh").read_text()
-    for entry, names in {"gap": compared, "ablations": ablated, "bf16": rounded}.items():
+    (seeds,) = re.findall(r'^seeds="(.*)"$', text, re.M)
+    assert tuple(map(int, seeds.split())) == figures.SEEDS
+    for entry, names in {"tasks": figures.TASKS}.items():
         (body,) = re.findall(rf"^{entry}\(\) {{(.*?)^}}", text, re.S | re.M)
-        assert names <= set(body.split())
+        assert set(names) <= set(re.findall(r"\w+", body))
