@@ -50,7 +50,7 @@ keep() { # NAME COMMAND...: writes the command, the commit and the output to res
   mv $results/.partial "$results/$1.txt"
 }
 
-seeds="0 1 2 3 4"
+seeds="0 1 2"
 models() { # TASK NAME...: trains each run with all seeds, then evaluates it on the task
   local name seed temperature
   for name in "${@:2}"; do
@@ -71,7 +71,7 @@ foreseen() { keep foreseen sh -c 'python main.py --dry-run || [ $? = 2 ]'; } # 2
 
 tasks() {
   local task
-  for task in base rotated wide; do models $task before $task; done
+  for task in base wide; do models $task before $task; done
   cp held-out/base-seed0-on-base-at-0.png $results/evaluation.png
   python plot_rewards.py runs/base-seed0 --out $results
   python report.py runs/base-seed0
