@@ -27,7 +27,7 @@ from harness.terminal import ignore_output_errors
 from shapes import Example
 
 FLAGS = "--preset tiny --prompts-per-step 1 --group-size 4 --device cpu --dtype float32"
-TOKENS = ((2, ":"), (2, "8"), (3, " square"), (1, ">circle"), (0, ">triangle"))  # row, text
+TOKENS = ((1, "3"), (1, "0"), (2, "7"), (2, " square"), (3, "<answer"))  # row, text
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def rate_block(step: Step, hasty: Step) -> str:
 
 
 def find(step: Step, row: int, text: str) -> tuple[int, int]:
-    """Return row and column of the first token with this text."""
-    return row, step.tokens[row].index(text)
+    """Return row and column of the last token with this text."""
+    return row, max(i for i, token in enumerate(step.tokens[row]) if token == text)
 
 
 def probability(logprob: float | Tensor) -> float:
