@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {  # folder -> project folders that its files may import from; "" is the top
     "engine": {"engine"},
     "harness": {"engine", "harness"},
-    "warmup": {"", "engine", "warmup"},
+    "warmup": {"", "engine", "harness", "warmup"},
     "": {"", "engine", "harness", "warmup"},
 }
 MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
