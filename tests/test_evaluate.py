@@ -200,7 +200,7 @@ def test_a_model_in_a_run_is_asked_the_runs_own_task(wide_run, part, capsys, mon
     asked = {name: numbers["arguments"][name] for name in ("rotate", "min_size", "reasoning_tag")}
     assert asked == {"rotate": True, "min_size": 5.0, "reasoning_tag": "think"}
     asked = {name: numbers["arguments"][name] for name in ("image_size", "seed", "max_new_tokens")}
-    assert asked == {"image_size": 84, "seed": 7, "max_new_tokens": 48}
+    assert asked == {"image_size": 84, "seed": 7, "max_new_tokens": 56}
     assert numbers["run"] == str(wide_run)
     errors = [answer["reward"]["relative_error"] for answer in numbers["answers"]]
     assert any(0 < error < 1 for error in errors)  # otherwise all formulas would agree

@@ -49,8 +49,8 @@ def test_with_the_std_of_the_batch_groups_keep_their_size_beside_each_other(take
     rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0], [-4.0, 4.0]])
     take_out("batch-std")
     advantages = grpo.group_advantages(rewards, divide_by_std=True)
-    std = rewards.flatten().std()
-    torch.testing.assert_close(advantages * std, torch.tensor([[-1.0, 1], [0, 0], [-4, 4]]))
+    scale = rewards.flatten().std() + grpo.STD_EPS
+    torch.testing.assert_close(advantages * scale, torch.tensor([[-1.0, 1], [0, 0], [-4, 4]]))
 
 
 def test_an_answer_that_does_not_follow_earns_no_area(take_out):
@@ -97,16 +97,18 @@ def test_without_kahan_a_small_update_of_a_bf16_weight_is_lost(take_out):
     assert moved["without"] == 0
 
 
-@pytest.mark.parametrize(("part", "gap"), [(None, 0.0), ("scored-temperature", 0.1)])
+@pytest.mark.parametrize(
+    ("part", "least", "most"), [(None, 0.0, 1e-5), ("scored-temperature", 0.01, 1.0)]
+)
 def test_scoring_at_another_temperature_than_sampling_shows_in_the_gap(
-    take_out, tmp_path, part, gap
+    take_out, tmp_path, part, least, most
 ):
     if part:
         take_out(part)
     flags = ["--steps", "1", "--eval-every", "0", "--temperature", "0.6", "--name", "run"]
     main.main([*SMALL, *flags, "--runs", str(tmp_path)])
     (step,) = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert step["sampler_gap_mean"] == pytest.approx(gap, abs=0.5 * gap + 1e-5)
+    assert least <= step["sampler_gap_mean"] <= most
 
 
 def test_a_part_that_is_not_known_is_refused(monkeypatch):

@@ -166,7 +166,7 @@ def test_a_whole_run(tmp_path):
     assert all(line["ratio"] == 1.0 for line in metrics)
     assert all(line["sampler_gap_max"] < 1e-3 for line in metrics)
     assert all(-3 <= line["area_correctness_reward"] <= 3 for line in metrics)
-    assert [line["lr"] for line in metrics] == pytest.approx([1.5e-5, 3e-5, 4.5e-5])
+    assert [line["lr"] for line in metrics] == pytest.approx([3e-6, 6e-6, 9e-6])
     assert [e["steps_done"] for e in read_lines(run / "evaluations.jsonl")] == [0, 2, 3]
     samples = read_lines(run / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0, 2]

@@ -179,7 +179,7 @@ def test_without_room_nothing_is_written(tmp_path, monkeypatch):
     loaded, optimizer = trained()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(9, 8, 2**20))
-    with pytest.raises(CheckpointError, match=r"needs 0.03 GiB, and only 0.00 GiB are free"):
+    with pytest.raises(CheckpointError, match=r"needs 0.05 GiB, and only 0.00 GiB are free"):
         save(tmp_path, loaded, optimizer, steps_done=2, keep=1, **PARTS)
     assert not list(tmp_path.iterdir())
 
