@@ -96,10 +96,10 @@ def markdown(head: list[str], rows: dict[str, list[str]]) -> str:
 # --- drawing ----------------------------------------------------------------------------
 
 
-def new_figure(panels: int, *, size: tuple[float, float], sharey: bool = True):
+def new_figure(panels: int, *, size: tuple[float, float]):
     """Return a figure and its panels, side by side, each with a light grid and no box."""
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots(1, panels, sharey=sharey)
+    axes = figure.subplots(1, panels, sharey=True)
     for each in axes:
         each.grid(color="0.9")
         each.spines[["top", "right"]].set_visible(False)
@@ -168,7 +168,7 @@ def tasks_figure(_: dict) -> Figure:
 
 # --- command ----------------------------------------------------------------------------
 
-ENTRIES = {  # name: makers of the numbers, the table and, for some, the figure
+ENTRIES = {  # name: makers of the numbers, the table and the figure
     "tasks": (tasks_numbers, tasks_table, tasks_figure),
 }
 
@@ -189,9 +189,10 @@ def main() -> None:
     print(tabulate(numbers))
     text = json.dumps(rounded({"made_by": made, "numbers": numbers}), indent=1, ensure_ascii=False)
     source = f"{made['command']}, commit {made['git_commit']}"
-    files = {"json": lambda path: path.write_text(text + "\n", encoding="utf-8")}
-    if draw is not None:
-        files["png"] = lambda path: draw(numbers).savefig(path, metadata={"Source": source})
+    files = {
+        "json": lambda path: path.write_text(text + "\n", encoding="utf-8"),
+        "png": lambda path: draw(numbers).savefig(path, metadata={"Source": source}),
+    }
     written = [write_file(RESULTS / f"{name}.{kind}", write) for kind, write in files.items()]
     if not all(written):
         sys.exit(2)

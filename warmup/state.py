@@ -9,7 +9,13 @@ import torch
 STATE = "cold_start.pt"  # in the new folder until the model is complete
 OPTIONS = {  # that a stage's weights depend on, besides those of the stages before it
     "calculate": (
-        *("seed", "size", "batch_size", "image_size", "min_size", "max_size", "max_rotation"),
+        "seed",
+        "size",
+        "batch_size",
+        "image_size",
+        "min_size",
+        "max_size",
+        "max_rotation",
         "calculate_steps",
     ),
     "see": ("see_steps",),
