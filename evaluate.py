@@ -443,7 +443,7 @@ def write_results(
             **dataclasses.asdict(target),
             "arguments": vars(args),
             "summaries": summaries,
-            "pass_at_k": {k: mean for k, (mean, _) in found.items()},
+            "pass_at_k": found,
             "answers": [dataclasses.asdict(answer) for answer in answers],
         }
         writers = {args.json: partial(write_json, numbers), **writers}

@@ -1,6 +1,10 @@
 """Make tables and figures over several runs, from their folders and their models' held-out answers.
 
-python experiments/figures.py tasks          # two tasks, before and after: README's table too
+python experiments/figures.py tasks          # three tasks, before and after: README's table too
+python experiments/figures.py split          # where the rest of the error is
+python experiments/figures.py samples        # what more samples of a plot hold
+python experiments/figures.py rate           # a rate that is too high, and what helps
+python experiments/figures.py wide           # what helps on the wide size range
 
 Reads run NAME-seedN from runs/, and its answers from
 held-out/NAME-seedN-on-TASK-at-TEMPERATURE.json, as `evaluate.py --json` writes them; reproduce.sh
@@ -10,8 +14,10 @@ JSON file with the numbers and the commands and commits that made them.
 
 import json
 import math
+import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -19,45 +25,87 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from harness.runlog import RunError, provenance, read_description
 from harness.terminal import ignore_output_errors, write_file
 from plot_rewards import PlotError, averages
+from rewards import reasoning_of, relative_error, values_in
 from shapes import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, HELD_OUT, RESULTS = ROOT / "runs", ROOT / "held-out", ROOT / "experiments" / "results"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 TEMPERATURES = {"greedy": 0, "sampled": 1}
 WINDOW = 20  # steps per mean
-TASKS = {"base": "sizes 20 to 35", "wide": "sizes 5 to 35"}
+TASKS = {"base": "sizes 20 to 35", "rotated": "turned by up to 45°", "wide": "sizes 5 to 35"}
 ANCESTOR = {  # mean area reward per 100 prompts, as published
     "rotated": [0.74, 1.49, 1.80, 2.04, 1.88, 1.99, 2.18, 2.28, 2.39, 2.31],
     "wide": [0.50, 1.24, 0.90, 1.32, 1.44, 1.33, 1.49, 1.40, 1.47, 1.55],
 }
 ANCESTOR_BASE = {50: 0.6, 900: 2.65}  # prompts: reward, read off its figure
-COLUMNS = {  # of the tables: heading -> key of a summary, factor, decimals
-    "area reward": ("area_correctness_reward", 1, 2),
-    "median error, %": ("relative_error_median", 100, 1),
-    "class named, %": ("shape_named", 100, 1),
-    "answer follows, %": ("answer_follows", 100, 1),
-    "two decimals, %": ("two_decimals", 100, 1),
-    "strict XML, %": ("strict_xml", 100, 1),
-    "different answers": ("different_answers", 1, 0),
+MEASURES = {  # key of a summary: heading, factor, decimals
+    "area_correctness_reward": ("area reward", 1, 2),
+    "relative_error_median": ("median error, %", 100, 1),
+    "relative_error_mean": ("mean error, %", 100, 1),
+    "error_of_small": ("mean error of the smallest third, %", 100, 1),
+    "shape_named": ("class named, %", 100, 1),
+    "answer_follows": ("answer follows, %", 100, 1),
+    "two_decimals": ("two decimals, %", 100, 1),
+    "strict_xml": ("strict XML, %", 100, 1),
+    "different_answers": ("different answers", 1, 0),
 }
+COLUMNS = [key for key in MEASURES if key not in ("relative_error_mean", "error_of_small")]
+RATE = {  # row: run; the first is what the others are compared with
+    "3e-5, the preset's": "base",
+    "1.5e-4": "fast",
+    "1.5e-4, `--beta 0.5`": "fast-kl",
+    "1.5e-4, no area without a calculation that gives it": "fast-follows",
+}
+RATE_COLUMNS = (
+    ("sampled", "area_correctness_reward"),
+    ("sampled", "answer_follows"),
+    ("sampled", "shape_named"),
+    ("greedy", "relative_error_mean"),
+    ("greedy", "answer_follows"),
+    ("greedy", "different_answers"),
+)
+WIDE = {
+    "the defaults": "wide",
+    "log-uniform sizes": "wide-log",
+    "divided by the batch's std": "wide-batch-std",
+    "not divided by a std": "wide-no-std",
+    "2 plots of 32 completions": "wide-2x32",
+}
+WIDE_COLUMNS = (
+    ("sampled", "area_correctness_reward"),
+    ("sampled", "relative_error_mean"),
+    ("greedy", "relative_error_mean"),
+    ("greedy", "error_of_small"),
+    ("greedy", "relative_error_median"),
+)
+PARTS = ("whole units", "half units", "reading", "formula", "arithmetic", "format")
+WORDS = re.compile(r"(rectangle|circle|square|triangle), \w+ ([\d.]+)(?:, height ([\d.]+))?")
+FACTORS = {"rectangle": 1.0, "circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
 
 
 # --- numbers ----------------------------------------------------------------------------
 
 
 def summaries(name: str, task: str, how: str) -> dict[str, list[float]]:
-    """Return what the columns show of a model's held-out answers to a task, one value per seed."""
-    found = [held_out(f"{name}-seed{seed}-on-{task}-at-{TEMPERATURES[how]}") for seed in SEEDS]
-    return {key: [each[key] for each in found] for key, _, _ in COLUMNS.values()}
+    """Return the MEASURES of a model's held-out answers to a task, one value per seed."""
+    found = [measures(held_out(name, seed, task, how)) for seed in SEEDS]
+    return {key: [each[key] for each in found] for key in MEASURES}
 
 
-def held_out(answers: str) -> dict[str, float]:
-    """Return the summary of one model's held-out answers, and how many different ones it gave."""
-    found = json.loads((HELD_OUT / f"{answers}.json").read_text())
+def held_out(name: str, seed: int, task: str, how: str) -> dict:
+    """Return what `evaluate.py --json` wrote about one model's held-out answers."""
+    path = HELD_OUT / f"{name}-seed{seed}-on-{task}-at-{TEMPERATURES[how]}.json"
+    return json.loads(path.read_text())
+
+
+def measures(found: dict) -> dict[str, float]:
+    """Return the summary of held-out answers, and what else the tables show."""
     different = {answer["reward"]["predicted"] for answer in found["answers"]} - {None}
-    return {**found["summaries"]["all"], "different_answers": len(different)}
+    small = found["summaries"]["small"]["relative_error_mean"]
+    counted = {"different_answers": len(different), "error_of_small": small}
+    return {**found["summaries"]["all"], **counted}
 
 
 def interval(values: list[float]) -> float:
@@ -69,19 +117,35 @@ def interval(values: list[float]) -> float:
     return T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def cell(values: list[float], decimals: int = 1) -> str:
+def cell(values: list[float], decimals: int = 1, *, sign: str = "") -> str:
     """Return a table cell: the mean and its interval.
 
-    >>> cell([10.0, 11.0, 12.0])
-    '11.0 ± 2.5'
+    >>> cell([10.0, 11.0, 12.0]), cell([10.0, 11.0, 12.0], sign="+")
+    ('11.0 ± 2.5', '+11.0 ± 2.5')
     """
-    return f"{statistics.fmean(values):.{decimals}f} ± {interval(values):.{decimals}f}"
+    return f"{statistics.fmean(values):{sign}.{decimals}f} ± {interval(values):.{decimals}f}"
+
+
+def measured(values: dict[str, list[float]], key: str, baseline: dict | None = None) -> str:
+    """Return a table cell of one measure: its mean, and how it differs from a baseline.
+
+    The difference is that of paired seeds: both runs of a pair see the same plots.
+    """
+    _, factor, decimals = MEASURES[key]
+    scaled = [factor * value for value in values[key]]
+    if baseline is None:
+        return cell(scaled, decimals)
+    pairs = zip(scaled, baseline[key], strict=True)
+    difference = [value - factor * other for value, other in pairs]
+    text = f"{cell(scaled, decimals)} ({cell(difference, decimals, sign='+')})"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def made_by(names: list[str]) -> dict:
     """Return the provenance of an entry: this command, and the command and commit of each run."""
     runs = {}
-    for path in [RUNS / f"{name}-seed{seed}" for name in names for seed in SEEDS]:
+    trained = [name for name in names if name != "before"]
+    for path in [RUNS / f"{name}-seed{seed}" for name in trained for seed in SEEDS]:
         described = read_description(path)
         runs[path.name] = {key: described[key] for key in ("command", "git_commit")}
     return {**provenance("cpu"), "runs": runs}
@@ -96,10 +160,10 @@ def markdown(head: list[str], rows: dict[str, list[str]]) -> str:
 # --- drawing ----------------------------------------------------------------------------
 
 
-def new_figure(panels: int, *, size: tuple[float, float]):
+def new_figure(panels: int, *, size: tuple[float, float], sharey: bool = True):
     """Return a figure and its panels, side by side, each with a light grid and no box."""
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True)
+    axes = figure.subplots(1, panels, sharey=sharey, squeeze=False)[0]
     for each in axes:
         each.grid(color="0.9")
         each.spines[["top", "right"]].set_visible(False)
@@ -137,14 +201,11 @@ def tasks_table(numbers: dict) -> str:
 def task_table(numbers: dict) -> str:
     """Return the table of a task: means over the seeds, and their intervals."""
     rows = {
-        f"{how}, {when}": [
-            cell([factor * value for value in numbers[when][how][key]], decimals)
-            for key, factor, decimals in COLUMNS.values()
-        ]
+        f"{how}, {when}": [measured(numbers[when][how], key) for key in COLUMNS]
         for how in ("sampled", "greedy")
         for when in ("before", "after")
     }
-    return markdown(["", *COLUMNS], rows)
+    return markdown(["", *(MEASURES[key][0] for key in COLUMNS)], rows)
 
 
 def tasks_figure(_: dict) -> Figure:
@@ -166,10 +227,166 @@ def tasks_figure(_: dict) -> Figure:
     return figure
 
 
+# --- split: where the rest of the error is -------------------------------------------------
+
+
+def split_numbers() -> dict:
+    """Return the mean relative errors up to each of PARTS, one per seed, as `tasks_numbers`."""
+    return {
+        task: {
+            when: {how: parts_per_seed(name, task, how) for how in TEMPERATURES}
+            for when, name in (("before", "before"), ("after", task))
+        }
+        for task in TASKS
+    }
+
+
+def parts_per_seed(name: str, task: str, how: str) -> dict[str, list[float]]:
+    """Return the mean of each part over a seed's held-out answers, one value per seed."""
+    columns: dict[str, list[float]] = {part: [] for part in PARTS}
+    for seed in SEEDS:
+        answers = held_out(name, seed, task, how)["answers"]
+        rows = [parts_of(answer) for answer in answers]
+        for part, values in zip(PARTS, zip(*rows, strict=True), strict=True):
+            columns[part].append(statistics.fmean(values))
+    return columns
+
+
+def parts_of(answer: dict) -> list[float]:
+    """Return the relative error of the area at each of PARTS, for one held-out answer.
+
+    The true dimensions in whole units, in half units; the dimensions as written; the calculation as
+    written, without its mistakes; the number that was answered; the answer as scored. Words in
+    which a part cannot be found add no error to it.
+    """
+    shape, reward = answer["shape"], answer["reward"]
+    factor, sides = FACTORS[shape["kind"]], (shape["width"], shape["height"])
+    reasoning = reasoning_of(answer["text"])
+    areas = [factor * math.prod(step * round(side / step) for side in sides) for step in (1, 0.5)]
+    words = WORDS.search(reasoning)
+    if words:
+        areas.append(FACTORS[words[1]] * float(words[2]) * float(words[3] or words[2]))
+    else:
+        areas.append(areas[-1])
+    calculations = [each.value for each in values_in(reasoning) if each.is_calculation]
+    areas.append(calculations[-1] if calculations else areas[-1])
+    areas.append(areas[-1] if reward["predicted"] is None else reward["predicted"])
+    errors = [relative_error(area, factor * math.prod(sides)) for area in areas]
+    return [*errors, reward["relative_error"]]
+
+
+def split_table(numbers: dict) -> str:
+    """Return the table of the errors in percent, each with all that stand left of it."""
+    rows = {
+        f"{TASKS[task]}, {how}, {when}": [
+            cell([100 * value for value in numbers[task][when][how][part]]) for part in PARTS
+        ]
+        for task in numbers
+        for how in ("greedy", "sampled")
+        for when in ("before", "after")
+    }
+    head = [part if part in PARTS[:2] else f"and {part}" for part in PARTS]
+    return markdown(["mean error, %", *head], rows)
+
+
+# --- samples: pass@k -----------------------------------------------------------------------
+
+
+def samples_numbers() -> dict:
+    """Return pass@k of seed 0's task, "within 5 %": for each k the mean and half its interval."""
+    return {
+        name: json.loads((HELD_OUT / f"{name}-64.json").read_text())["pass_at_k"]
+        for name in ("before", "base")
+    }
+
+
+def samples_table(numbers: dict) -> str:
+    """Return the table of pass@k in percent."""
+    rows = {
+        when: [f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in numbers[name].values()]
+        for when, name in (("before", "before"), ("after", "base"))
+    }
+    return markdown(["within 5 % in", *(f"{k} of 64" for k in numbers["base"])], rows)
+
+
+def samples_figure(numbers: dict) -> Figure:
+    """Return pass@k over k, before and after."""
+    figure, (axes,) = new_figure(1, size=(5.5, 4))
+    for label, name in (("before", "before"), ("after", "base")):
+        means, halves = zip(*numbers[name].values(), strict=True)
+        axes.errorbar(range(len(means)), means, halves, marker="o", capsize=3, label=label)
+    axes.set_xticks(range(len(means)), numbers["base"])
+    axes.set(xlabel="samples of a plot", ylabel="plots with an area within 5 %", ylim=(0, 1.02))
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+# --- rate and wide: runs compared with the first of them --------------------------------------
+
+
+def compared(task: str, runs: dict[str, str]) -> dict:
+    """Return the measures of each run's answers to a task, by name and by way to answer."""
+    return {
+        name: {how: summaries(name, task, how) for how in TEMPERATURES} for name in runs.values()
+    }
+
+
+def compared_table(numbers: dict, runs: dict[str, str], columns: tuple) -> str:
+    """Return the table of some measures; in brackets the difference from the first run."""
+    first, *_ = runs.values()
+    rows = {
+        label: [
+            measured(numbers[name][how], key, None if name == first else numbers[first][how])
+            for how, key in columns
+        ]
+        for label, name in runs.items()
+    }
+    return markdown(["", *(f"{how}: {MEASURES[key][0]}" for how, key in columns)], rows)
+
+
+def rate_figure(_: dict) -> Figure:
+    """Return two panels: what the curve of the reward shows, and what it does not."""
+    figure, panels = new_figure(2, size=(11, 4), sharey=False)
+    for axes, key in zip(panels, ("area_correctness_reward", "answer_follows"), strict=True):
+        draw_named(axes, RATE, key)
+        axes.set(xlabel="prompts seen", ylabel=f"{key.replace('_', ' ')}, mean of {WINDOW} steps")
+    panels[0].set_title("the reward")
+    panels[1].set_title("what it does not see: the answer follows from the reasoning")
+    panels[0].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def wide_figure(numbers: dict) -> Figure:
+    """Return the greedy and the sampled error as dots, one per seed; a bar at their mean."""
+    figure, panels = new_figure(2, size=(10, 0.8 + 0.4 * len(WIDE)))
+    for axes, how in zip(panels, TEMPERATURES, strict=True):
+        rows = [numbers[name][how]["relative_error_mean"] for name in WIDE.values()]
+        for row, seeds in enumerate(rows):
+            percent = [100 * value for value in seeds]
+            axes.plot(percent, [row] * len(seeds), "o", color="C0", alpha=0.6, markersize=5)
+            axes.plot(statistics.fmean(percent), row, "|", color="black", markersize=14)
+        axes.axvline(100 * statistics.fmean(rows[0]), color="0.5", linewidth=1, zorder=0)
+        axes.set_yticks(range(len(rows)), list(WIDE))
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="mean relative error, %", title=how)
+    return figure
+
+
 # --- command ----------------------------------------------------------------------------
 
-ENTRIES = {  # name: makers of the numbers, the table and the figure
+ENTRIES = {  # name: makers of the numbers, the table and, for some, the figure
     "tasks": (tasks_numbers, tasks_table, tasks_figure),
+    "split": (split_numbers, split_table, None),
+    "samples": (samples_numbers, samples_table, samples_figure),
+    "rate": (
+        partial(compared, "base", RATE),
+        partial(compared_table, runs=RATE, columns=RATE_COLUMNS),
+        rate_figure,
+    ),
+    "wide": (
+        partial(compared, "wide", WIDE),
+        partial(compared_table, runs=WIDE, columns=WIDE_COLUMNS),
+        wide_figure,
+    ),
 }
 
 
@@ -189,10 +406,9 @@ def main() -> None:
     print(tabulate(numbers))
     text = json.dumps(rounded({"made_by": made, "numbers": numbers}), indent=1, ensure_ascii=False)
     source = f"{made['command']}, commit {made['git_commit']}"
-    files = {
-        "json": lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        "png": lambda path: draw(numbers).savefig(path, metadata={"Source": source}),
-    }
+    files = {"json": lambda path: path.write_text(text + "\n", encoding="utf-8")}
+    if draw is not None:
+        files["png"] = lambda path: draw(numbers).savefig(path, metadata={"Source": source})
     written = [write_file(RESULTS / f"{name}.{kind}", write) for kind, write in files.items()]
     if not all(written):
         sys.exit(2)

@@ -12,10 +12,19 @@ results=experiments/results
 mkdir -p runs held-out $results
 
 runs="
-base      main.py
-rotated   main.py --rotate
-wide      main.py --min-size 5 --max-size 35
+base            main.py
+rotated         main.py --rotate
+wide            main.py WIDE
+fast            main.py FAST
+fast-kl         main.py FAST --beta 0.5
+fast-follows    experiments/ablate.py unfounded-answers FAST
+wide-log        experiments/ablate.py uniform-sizes WIDE
+wide-batch-std  experiments/ablate.py batch-std WIDE
+wide-no-std     experiments/ablate.py std WIDE
+wide-2x32       main.py WIDE --prompts-per-step 2 --group-size 32
 "
+runs=${runs//WIDE/--min-size 5 --max-size 35}
+runs=${runs//FAST/--lr 1.5e-4}
 declare -A tasks=(
   [base]="--min-size 20 --max-size 35 --no-rotate"
   [rotated]="--min-size 20 --max-size 35 --rotate"
@@ -25,10 +34,11 @@ declare -A tasks=(
 train() { # NAME SEED: prints the command that starts or resumes the run, unless it is done
   local run=runs/$1-seed$2 program flags
   read -r program flags < <(awk -v name="$1" '$1 == name { $1 = ""; print }' <<< "$runs")
+  [[ $program != *ablate.py ]] || { program="$program ${flags%% *}" flags=${flags#* }; }
   if [ ! -d "$run" ]; then
     echo "python $program --preset tiny --eval-every 0 $flags --seed $2 --name $1-seed$2 > $run.log"
   elif [ ! -d "$run/final" ]; then
-    echo "python main.py --resume $run > $run.log"
+    echo "python $program --resume $run > $run.log"
   fi
 }
 
@@ -50,7 +60,7 @@ keep() { # NAME COMMAND...: writes the command, the commit and the output to res
   mv $results/.partial "$results/$1.txt"
 }
 
-seeds="0 1 2"
+seeds="0 1 2 3 4"
 models() { # TASK NAME...: trains each run with all seeds, then evaluates it on the task
   local name seed temperature
   for name in "${@:2}"; do
@@ -71,13 +81,37 @@ foreseen() { keep foreseen sh -c 'python main.py --dry-run || [ $? = 2 ]'; } # 2
 
 tasks() {
   local task
-  for task in base wide; do models $task before $task; done
+  for task in base rotated wide; do models $task before $task; done
   cp held-out/base-seed0-on-base-at-0.png $results/evaluation.png
   python plot_rewards.py runs/base-seed0 --out $results
   python report.py runs/base-seed0
   ! command -v chromium > /dev/null || chromium --headless --no-sandbox --window-size=1200,1240 \
     --screenshot=docs/img/report.png "file://$PWD/runs/base-seed0/report.html" 2> /dev/null
   keep tasks python experiments/figures.py tasks
+}
+
+split() { keep split python experiments/figures.py split; } # of the answers that tasks made
+
+samples() {
+  local name model
+  for name in before base; do
+    model=tiny
+    [ $name = before ] || model=runs/$name-seed0
+    [ -f held-out/$name-64.json ] || echo "python evaluate.py $model ${tasks[base]} --seed 0" \
+      "--temperature 1 --samples 64 --batch-size 512 --show 0 --plot held-out/$name-64.png" \
+      "--json held-out/$name-64.json > held-out/$name-64.txt"
+  done | side_by_side
+  keep samples python experiments/figures.py samples
+}
+
+rate() {
+  models base base fast fast-kl fast-follows
+  keep rate python experiments/figures.py rate
+}
+
+wide() {
+  models wide wide wide-log wide-batch-std wide-no-std wide-2x32
+  keep wide python experiments/figures.py wide
 }
 
 faults() { keep faults python benchmarks/faults.py --seed 1; }
@@ -87,7 +121,7 @@ speed() {
   keep speed sh -ec "cd benchmarks; python step.py; python memory.py; python growth.py"
 }
 
-entries="pictures foreseen tasks faults speed"
+entries="pictures foreseen tasks split samples rate wide faults speed"
 for entry in ${*:-$entries}; do
   if [[ " $entries " != *" $entry "* ]]; then
     echo "reproduce.sh: $entry: must be one of: $entries" >&2

@@ -101,6 +101,7 @@ def test_several_samples_of_each_example(tmp_path, capsys):
     assert len(numbers["answers"]) == 12
     assert numbers["summaries"]["all"]["examples"] == 3
     assert numbers["pass_at_k"].keys() == {"1", "4"}
+    assert all(len(mean_and_half) == 2 for mean_and_half in numbers["pass_at_k"].values())
     shapes = [answer["shape"] for answer in numbers["answers"]]
     assert all(shapes[i] == shapes[i // 4 * 4] for i in range(12))
     assert len({json.dumps(shape) for shape in shapes}) == 3

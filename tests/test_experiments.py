@@ -131,14 +131,46 @@ def test_the_tables_in_the_docs_are_those_of_the_results(name):
 
 def test_a_summary_has_one_value_per_seed_and_counts_different_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "HELD_OUT", tmp_path)
-    keys = {key for key, _, _ in figures.COLUMNS.values()} - {"different_answers"}
     for seed in figures.SEEDS:
         answers = [{"reward": {"predicted": value}} for value in (1.0, 2.0, 1.0, None)]
-        found = {"summaries": {"all": dict.fromkeys(keys, seed / 100)}, "answers": answers}
-        (tmp_path / f"x-seed{seed}-on-wide-at-1.json").write_text(json.dumps(found))
+        values = dict.fromkeys(figures.MEASURES, seed / 100)
+        found = {"summaries": {"all": values, "small": {"relative_error_mean": 0.5}}}
+        text = json.dumps({**found, "answers": answers})
+        (tmp_path / f"x-seed{seed}-on-wide-at-1.json").write_text(text)
     found = figures.summaries("x", "wide", "sampled")
-    assert found["shape_named"] == [0.0, 0.01, 0.02]
-    assert found["different_answers"] == [2] * 3
+    assert found["shape_named"] == [0.0, 0.01, 0.02, 0.03, 0.04]
+    assert found["error_of_small"] == [0.5] * 5
+    assert found["different_answers"] == [2] * 5
+
+
+def test_a_difference_is_that_of_paired_seeds():
+    run, baseline = ({"relative_error_mean": values} for values in ([0.02, 0.04], [0.01, 0.05]))
+    assert figures.measured(run, "relative_error_mean") == "3.0 ± 12.7"
+    # differences 1 and -1: mean 0, standard deviation 1.414, times 12.706 / 1.414
+    shown = figures.measured(run, "relative_error_mean", baseline)
+    assert shown == "3.0 ± 12.7 (+0.0 ± 12.7)"
+    worse = {"relative_error_mean": [0.03, 0.07]}
+    assert "(\N{MINUS SIGN}2.0 ± 12.7)" in figures.measured(run, "relative_error_mean", worse)
+
+
+def test_the_parts_of_an_error_are_found_in_its_words():
+    """A rectangle of 20.2 x 10.3 units: each column by hand, relative to its area of 208.06."""
+    text = "<reasoning>rectangle, width 21.0, height 10.5: 21.0 * 10.5 / 2</reasoning>"
+    answer = {
+        "shape": {"kind": "rectangle", "width": 20.2, "height": 10.3},
+        "text": f"{text}<answer>110</answer>",
+        "reward": {"predicted": 110.0, "relative_error": 0.47},
+    }
+    areas = (20 * 10, 20 * 10.5, 21 * 10.5, 21 * 10.5 / 2, 110.0)
+    expected = [abs(area - 208.06) / 208.06 for area in areas]
+    assert figures.parts_of(answer) == pytest.approx([*expected, 0.47])
+
+
+@pytest.mark.parametrize("text", ["no number", "<reasoning>a square</reasoning><answer></answer>"])
+def test_an_answer_without_words_has_all_of_its_error_in_the_format(text):
+    shape = {"kind": "square", "width": 20.0, "height": 20.0}
+    answer = {"shape": shape, "text": text, "reward": {"predicted": None, "relative_error": 1.0}}
+    assert figures.parts_of(answer) == [0, 0, 0, 0, 0, 1.0]
 
 
 @pytest.fixture
@@ -216,14 +248,18 @@ def commands() -> dict[str, list[str]]:
 
 def test_each_run_of_reproduce_sh_has_flags_that_are_accepted():
     for program, *flags in commands().values():
-        assert program == "main.py"
+        if program == "experiments/ablate.py":
+            assert flags.pop(0) in ablate.ABLATIONS
+        else:
+            assert program == "main.py"
         config_of("--preset", "tiny", *flags)
 
 
 def test_what_is_compared_is_what_reproduce_sh_makes():
-    assert figures.TASKS.keys() <= commands().keys()
     text = (ROOT / "experiments" / "reproduce.sh").read_text()
     (seeds,) = re.findall(r'^seeds="(.*)"$', text, re.M)
     assert tuple(map(int, seeds.split())) == figures.SEEDS
-    (body,) = re.findall(r"^tasks\(\) {(.*?)^}", text, re.S | re.M)
-    assert figures.TASKS.keys() <= set(re.findall(r"\w+", body))
+    for entry, runs in (("tasks", figures.TASKS), ("rate", figures.RATE), ("wide", figures.WIDE)):
+        (body,) = re.findall(rf"^{entry}\(\) {{(.*?)^}}", text, re.S | re.M)
+        names = runs.keys() if entry == "tasks" else runs.values()
+        assert set(names) <= set(re.findall(r"[\w-]+", body)) & commands().keys()
