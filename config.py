@@ -12,9 +12,9 @@ from typing import NoReturn
 
 from engine.model_files import ModelError, check_exists
 from engine.parallel import process_count
-from engine.sizes import DTYPES, choose_device
+from engine.sizes import DTYPES, choose_device, resolve_placement
 from grpo import LOSSES
-from harness.memory import Workload, parameters_of
+from harness.memory import Workload, parameters_of, trained_of
 from harness.runlog import RunError, read_description
 from rewards import CORRECTNESS, REASONING_TAGS
 from shapes import ShapeSpec, check_image_size
@@ -180,6 +180,20 @@ def workload_of(config: Config) -> Workload:
         dtype=dtype,
         reference=config.beta > 0,
     )
+
+
+def with_device(config: Config) -> Config:
+    """Return the options with "auto" replaced by a device and a dtype. Raises `ModelError`."""
+    device, dtype = resolve_placement(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        trained=trained_of(config.model, config.lora_rank, config.freeze_vision),
+        reference=config.beta > 0 and not config.lora_rank,
+        processes=process_count(),
+        command_that_runs="python main.py --preset tiny",
+    )
+    return dataclasses.replace(config, device=device, dtype=dtype)
 
 
 def saved_form(config: Config) -> dict:

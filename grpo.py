@@ -128,7 +128,7 @@ def add_reference_logprobs(
     if prompts.image_features is None or prompts.image_features.requires_grad:
         prompts = prompts.without_image_features()  # the reference has a vision tower of its own
     ref_logprobs = within_memory(
-        reference_logprobs,
+        rollout_logprobs,
         reference,
         replace(rollout, prompts=prompts),
         pass_size=pass_size,
@@ -137,13 +137,11 @@ def add_reference_logprobs(
     return replace(rollout, ref_logprobs=ref_logprobs)
 
 
-def reference_logprobs(
-    reference, rollout: Rollout, *, pass_size: PassSize, temperature: float
-) -> Tensor:
-    """Return the log-probs of a rollout's tokens under the reference, (B, C)."""
+def rollout_logprobs(model, rollout: Rollout, *, pass_size: PassSize, temperature: float) -> Tensor:
+    """Return the log-probs of a rollout's tokens under a model, (B, C)."""
     logprobs = [
         completion_logprobs(
-            reference, part.prompts, part.completion_ids, part.lengths, temperature=temperature
+            model, part.prompts, part.completion_ids, part.lengths, temperature=temperature
         )[0]
         for part in rollout.micro_batches(pass_size.micro_batch)
     ]
@@ -269,12 +267,14 @@ def update(
     clip_eps_high: float,
     max_grad_norm: float,
     max_new_tokens: int,
-) -> dict[str, float | str]:
-    """Take `inner_epochs` optimizer steps on one rollout and return the last one's statistics.
+) -> tuple[Rollout, dict[str, float | str]]:
+    """Take `inner_epochs` optimizer steps on one rollout; return it and the last one's statistics.
 
-    Statistics are means over the step's completion tokens. The sampler's gap comes from the first
-    epoch, while the policy is still the one that sampled. An update with a number that is not
-    finite is skipped: `skipped` counts those, and `not_finite` names the number.
+    The rollout gets its old log-probs, and loses its image features: they are out of date now, and
+    would keep the vision tower's activations alive. Statistics are means over the step's completion
+    tokens. The sampler's gap comes from the first epoch, while the policy is still the one that
+    sampled. An update with a number that is not finite is skipped: `skipped` counts those, and
+    `not_finite` names the number.
     """
     weights = token_weights(rollout.completion_mask, loss=loss, max_new_tokens=max_new_tokens)
     skipped, not_finite, first_stats = 0, "", {}
@@ -304,7 +304,7 @@ def update(
     gap = {name: value for name, value in first_stats.items() if name.startswith("sampler_gap")}
     stats |= {**gap, "grad_norm": grad_norm}
     numbers = {name: float(value) for name, value in stats.items()}  # host sync
-    return {**numbers, "skipped": skipped, "not_finite": not_finite}
+    return rollout, {**numbers, "skipped": skipped, "not_finite": not_finite}
 
 
 def non_finite_names(rollout: Rollout, **numbers: Tensor) -> str:
@@ -364,6 +364,31 @@ def combine(parts: list[dict[str, Tensor]], *, tokens: Tensor) -> dict[str, Tens
     whole["loss"] = sums["loss"]  # already divided, by the token weights
     whole["sampler_gap_max"] = all_reduce_max(columns["sampler_gap_max"].max())
     return whole
+
+
+@torch.no_grad()
+def token_stories(
+    policy, rollout: Rollout, *, pass_size: PassSize, temperature: float, **weight_options
+) -> dict[str, Tensor]:
+    """Return what the update did to each token of the rollout's first group, (G, C) each.
+
+    `new_logprobs` are those under the updated policy. They come from a pass of the same size as the
+    old ones did, or the rounding of bf16 would hide what a small update does. `k3` and `weights`
+    are the loss's own; without a reference, `ref_logprobs` and `k3` are left out.
+    """
+    weights = token_weights(rollout.completion_mask, **weight_options)
+    part = next(rollout.micro_batches(pass_size.micro_batch))
+    options = {"pass_size": pass_size, "temperature": temperature}
+    stories = {
+        "sampled_logprobs": rollout.sampled_logprobs,
+        "old_logprobs": rollout.old_logprobs,
+        "new_logprobs": within_memory(rollout_logprobs, policy, part, **options),
+        "weights": weights,
+    }
+    if rollout.ref_logprobs is not None:
+        stories["ref_logprobs"] = rollout.ref_logprobs
+        stories["k3"] = k3_kl(rollout.old_logprobs, rollout.ref_logprobs)
+    return {name: values[: rollout.advantages.shape[1]] for name, values in stories.items()}
 
 
 @torch.no_grad()

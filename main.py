@@ -9,7 +9,6 @@ python main.py --resume runs/RUN     # continue a run that was stopped or killed
 accelerate launch main.py            # on all GPUs of this machine, or on several machines
 """
 
-import dataclasses
 import shlex
 import sys
 from argparse import Namespace
@@ -23,7 +22,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Config, make_config, make_parser, saved_form, workload_of
+from config import Config, make_config, make_parser, saved_form, with_device, workload_of
 from engine.fastpath import prepare_gpu, verify_triton
 from engine.loading import Loaded, check_compatible, check_files, load, trainable
 from engine.machine import threads_beside_others
@@ -31,14 +30,20 @@ from engine.model_files import ModelError
 from engine.parallel import gather, is_main, process_count, process_index, rank_and_world_size
 from engine.passes import PassSize
 from engine.prompts import Prompts, encode_prompts
-from engine.sampling import Sampler, make_generator
-from engine.sizes import resolve_placement
+from engine.sampling import Sampler, make_generator, token_texts
 from evaluate import evaluate, summarize
-from grpo import Rollout, add_reference_logprobs, collect_rollout, sync_reference, update
+from grpo import (
+    Rollout,
+    add_reference_logprobs,
+    collect_rollout,
+    sync_reference,
+    token_stories,
+    update,
+)
 from harness import checkpoint, metrics, runs
 from harness.health import Health, StopSignal
 from harness.loader import make_loader, next_batch
-from harness.memory import check_memory, disk_needs, flags_for_less, print_needs, trained_of
+from harness.memory import check_memory, disk_needs, flags_for_less, print_needs
 from harness.runlog import RunError, RunLog, read_lines
 from harness.terminal import ignore_output_errors
 from rewards import SYSTEM_MESSAGE, Reward, make_prompt, score
@@ -79,7 +84,9 @@ def train(config: Config, loaded: Loaded, log: RunLog, *, optimizer=None, steps_
             examples, rollout, numbers = take_step(
                 config, step, batches, sampler, loaded, optimizer, pass_size
             )
-            log_step(config, log, progress, numbers, examples[0], rollout)
+            log_step(config, log, progress, numbers)
+            if step % config.sample_every == 0:
+                log_sample(config, step, log, loaded, pass_size, examples[0], rollout)
             for warning in health.check(numbers):
                 tqdm.write(warning)
             is_last = step + 1 == config.steps
@@ -131,9 +138,7 @@ def take_step(
             rollout = add_reference_logprobs(reference, rollout, **options)
     watch.lap("reference_s")
     options = config.pick(*UPDATE_OPTIONS)
-    stats = update(loaded.policy, optimizer, rollout, pass_size=pass_size, **options)
-    # the features are out of date now, and would keep the vision tower's activations alive
-    rollout = dataclasses.replace(rollout, prompts=rollout.prompts.without_image_features())
+    rollout, stats = update(loaded.policy, optimizer, rollout, pass_size=pass_size, **options)
     if is_due(step, config.sync_reference_every):
         sync_reference(loaded.policy, loaded.reference, mix=config.reference_mix)
     watch.lap("update_s")
@@ -224,24 +229,29 @@ def make_batches(config: Config, processor, *, first_step: int = 0) -> DataLoade
 # --- logs ---------------------------------------------------------------------------------
 
 
-def log_step(
-    config: Config, log: RunLog, progress: tqdm, numbers: dict, example: Example, rollout: Rollout
-) -> None:
-    """Write the step's metrics, every few steps its first group, and a line on the terminal."""
-    step = numbers["step"]
+def log_step(config: Config, log: RunLog, progress: tqdm, numbers: dict) -> None:
+    """Write the step's metrics, and every few steps a line on the terminal."""
     log.write("metrics", numbers)
     progress.set_postfix(reward=f"{numbers['reward_mean']:.2f}", kl=f"{numbers['kl']:.4f}")
-    if step % config.sample_every == 0:
-        sample = metrics.group_sample(
-            step,
-            example,
-            texts=rollout.texts[: config.group_size],
-            rewards=rollout.rewards[: config.group_size],
-            advantages=rollout.advantages[0].tolist(),  # host sync
-        )
-        log.write("samples", sample)
-    if step % config.log_every == 0 or step + 1 == config.steps:
+    if numbers["step"] % config.log_every == 0 or numbers["step"] + 1 == config.steps:
         tqdm.write(metrics.terminal_line(numbers, config.steps))
+
+
+def log_sample(
+    config: Config,
+    step: int,
+    log: RunLog,
+    loaded: Loaded,
+    pass_size: PassSize,
+    example: Example,
+    rollout: Rollout,
+) -> None:
+    """Write a plot and its group to samples.jsonl, with what the update did to each token."""
+    options = config.pick("temperature", "loss", "max_new_tokens")
+    stories = token_stories(loaded.policy, rollout, pass_size=pass_size, **options)
+    group = next(rollout.micro_batches(1))
+    tokens = token_texts(loaded.processor, group.completion_ids, group.lengths)
+    log.write("samples", metrics.group_sample(step, example, group, tokens, stories))
 
 
 def evaluate_and_log(
@@ -311,6 +321,10 @@ def prepare(config: Config, parsed: Namespace) -> tuple[Config, Loaded, RunLog, 
         disk = disk_needs(workload_of(config), run or Path(config.runs), **config.disk_options)
         sys.exit(0 if print_needs(workload_of(config), disk) else 2)
     config = with_device(config)
+    check_memory(workload_of(config))
+    alone = config.device == "cpu" and process_count() == 1
+    if alone and (warning := threads_beside_others(torch.get_num_threads())):
+        print(warning)
     options = config.pick("device", "dtype", "freeze_vision", "lora_rank", "seed")
     loaded = load(config.model, reference=config.beta > 0, **options)
     described = {"config": saved_form(config), **config.pick("report_to", "device")}
@@ -325,25 +339,6 @@ def prepare(config: Config, parsed: Namespace) -> tuple[Config, Loaded, RunLog, 
     if not needs.has_room:
         print(needs)
     return config, loaded, log, resumed
-
-
-def with_device(config: Config) -> Config:
-    """Return the options with "auto" replaced by a device and a dtype. Raises `ModelError`."""
-    device, dtype = resolve_placement(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        trained=trained_of(config.model, config.lora_rank, config.freeze_vision),
-        reference=config.beta > 0 and not config.lora_rank,
-        processes=process_count(),
-        command_that_runs="python main.py --preset tiny",
-    )
-    config = dataclasses.replace(config, device=device, dtype=dtype)
-    check_memory(workload_of(config))
-    alone = device == "cpu" and process_count() == 1
-    if alone and (warning := threads_beside_others(torch.get_num_threads())):
-        print(warning)
-    return config
 
 
 if __name__ == "__main__":

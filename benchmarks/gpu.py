@@ -486,7 +486,7 @@ def whole_step(bench: Bench) -> None:
                 reference, rollout, pass_size=pass_size, temperature=1.0
             )
         watch.lap(REFERENCE)
-        stats = update(
+        _, stats = update(
             policy, optimizer, rollout, loss="grpo", inner_epochs=1, pass_size=pass_size,
             temperature=1.0, beta=0.05, clip_eps=0.2, clip_eps_high=0.2,
             max_grad_norm=1.0, max_new_tokens=shape.limit,

@@ -388,6 +388,18 @@ def completion_texts(processor, completions: Completions, stops: list[int]) -> l
     ]
 
 
+def token_texts(processor, ids: Tensor, lengths: list[int]) -> list[list[str]]:
+    """Return the text of each token of the rows (B, C), with the stop token.
+
+    A token that is only a part of a character reads as U+FFFD.
+    """
+    decode = processor.tokenizer.decode
+    return [
+        [decode([token]) for token in row[:length]]
+        for row, length in zip(ids.tolist(), lengths, strict=True)  # host sync
+    ]
+
+
 def stop_ids(model) -> list[int]:
     """Return all token ids that end a completion: Qwen's chat models have two."""
     ids = model.generation_config.eos_token_id

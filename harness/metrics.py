@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from engine.parallel import gather
 from engine.sizes import GIB
@@ -95,20 +96,38 @@ def held_out_line(summary: dict, steps_done: int) -> str:
 
 
 def group_sample(
-    step: int, example, *, texts: list[str], rewards: list, advantages: list[float]
+    step: int, example, group, tokens: list[list[str]], stories: dict[str, Tensor]
 ) -> dict:
-    """Return one line of samples.jsonl: an example and all completions of its group."""
-    completions = zip(texts, rewards, advantages, strict=True)
+    """Return one line of samples.jsonl: an example, and its group token by token.
+
+    `group` is a rollout of one prompt. `tokens` holds the text of each token, one row per
+    completion; `stories` are those of `grpo.token_stories`.
+    """
+    numbers = {name: values.tolist() for name, values in stories.items()}  # host sync
+    completions = []
+    for row, advantage in enumerate(group.advantages[0].tolist()):
+        length = group.lengths[row]
+        told = {name: in_fp32(values[row][:length]) for name, values in numbers.items()}
+        completions.append(
+            {
+                "text": group.texts[row],
+                **dataclasses.asdict(group.rewards[row]),
+                "advantage": advantage,
+                "tokens": {"texts": tokens[row], **told},
+            }
+        )
     return {
         "step": step,
         "index": example.index,
         "area": example.area,
         "shape": dataclasses.asdict(example.shape),
-        "completions": [
-            {"text": text, **dataclasses.asdict(reward), "advantage": advantage}
-            for text, reward, advantage in completions
-        ],
+        "completions": completions,
     }
+
+
+def in_fp32(values: list[float]) -> list[float]:
+    """Return the values with the seven digits that fp32 has."""
+    return [float(f"{value:.7g}") for value in values]
 
 
 def peak_memory() -> int:

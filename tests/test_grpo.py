@@ -25,6 +25,7 @@ from grpo import (
     has_spread,
     k3_kl,
     sync_reference,
+    token_stories,
     token_weights,
     update,
 )
@@ -243,7 +244,7 @@ def test_sampling_and_scoring_use_the_same_temperature(loaded, prompts):
             optimizer,
             collect(loaded, prompts, temperature=0.8),
             **{**OPTIONS, "temperature": temperature},
-        )
+        )[1]
         for temperature in (0.8, 1.0)
     )
     assert same["sampler_gap_max"] < 1e-10
@@ -256,7 +257,7 @@ def test_kl_is_exactly_zero_at_the_first_step(loaded, prompts):
         loaded.reference, rollout, pass_size=PassSize(3), temperature=0.8
     )
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
-    stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    _, stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
     assert stats["kl"] == 0.0
     assert stats["ratio"] == 1.0
 
@@ -309,7 +310,7 @@ def test_equal_rewards_give_no_gradient(loaded, prompts):
     rollout = collect(loaded, prompts, reward=lambda text, q: 0.7)
     before = copy.deepcopy(loaded.policy.state_dict())
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1.0)
-    stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    _, stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
     assert stats["grad_norm"] == 0.0
     assert_same_weights(loaded.policy, before)
 
@@ -334,15 +335,71 @@ def test_an_update_makes_the_better_completion_more_likely(loaded, prompts):
 def test_later_inner_epochs_compare_with_the_policy_that_sampled(loaded, prompts):
     rollout = collect(loaded, prompts)
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1e-3)
-    stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "inner_epochs": 2})
+    _, stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "inner_epochs": 2})
     assert stats["ratio"] != 1.0
     assert stats["sampler_gap_max"] < 1e-10  # of the first epoch
+
+
+def test_the_rollout_comes_back_with_its_old_logprobs_and_without_features(loaded, prompts):
+    rollout = collect(loaded, prompts)
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1e-3)
+    updated, _ = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "inner_epochs": 2})
+    mask = rollout.completion_mask
+    torch.testing.assert_close(updated.old_logprobs[mask], rollout.sampled_logprobs[mask])
+    assert updated.prompts.image_features is None
+    assert updated.completion_ids is rollout.completion_ids
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_story_of_a_group_is_the_first_order_change_of_its_loss(loaded, prompts, loss):
+    """A step of plain gradient descent lowers a loss by rate x (norm of its gradient) squared.
+
+    With one prompt and no reference, the loss changes by the sum of -weight x advantage x change.
+    """
+    rollout, rate = collect(loaded, prompts[:1]), 1e-6
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=rate)
+    rollout, stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "loss": loss})
+    stories = token_stories(
+        loaded.policy,
+        rollout,
+        pass_size=PassSize(micro_batch=3),
+        **{name: OPTIONS[name] for name in ("temperature", "max_new_tokens")},
+        loss=loss,
+    )
+    assert stories.keys() == {"sampled_logprobs", "old_logprobs", "new_logprobs", "weights"}
+    change = stories["new_logprobs"] - stories["old_logprobs"]
+    lowered = (stories["weights"] * rollout.advantages.view(-1, 1) * change).sum()
+    assert lowered.item() == pytest.approx(rate * stats["grad_norm"] ** 2, rel=1e-3)
+
+
+def test_the_stories_are_those_of_the_first_group(loaded, prompts):
+    with torch.no_grad():
+        loaded.reference.lm_head.weight.mul_(1.1)  # so that the KL is not 0
+    rollout = add_reference_logprobs(
+        loaded.reference, collect(loaded, prompts), pass_size=PassSize(3), temperature=0.8
+    )
+    optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1e-3)
+    rollout, stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "loss": "dapo"})
+    scoring = {"pass_size": PassSize(micro_batch=2), "temperature": 0.8}
+    stories = token_stories(loaded.policy, rollout, **scoring, loss="dapo", max_new_tokens=8)
+    ids, mask = rollout.completion_ids[:2], rollout.completion_mask[:2]
+    with torch.no_grad():
+        new = scored(loaded.policy, prompts[:1], ids, mask, temperature=0.8)
+        ref = scored(loaded.reference, prompts[:1], ids, mask, temperature=0.8)
+    torch.testing.assert_close(stories["new_logprobs"][mask], new[mask])
+    torch.testing.assert_close(stories["ref_logprobs"][mask], ref[mask])
+    assert (stories["new_logprobs"] - stories["old_logprobs"])[mask].abs().max() > 1e-6
+    assert all(values.shape == ids.shape for values in stories.values())
+    assert stories["weights"][mask].unique().tolist() == [pytest.approx(1 / sum(rollout.lengths))]
+    kl = k3_kl(rollout.old_logprobs, rollout.ref_logprobs)  # of all groups: its mean is logged
+    assert kl[rollout.completion_mask].mean().item() == pytest.approx(stats["kl"])
+    assert torch.equal(stories["k3"], kl[:2])
 
 
 def assert_skipped(loaded, rollout, named: str):
     before = copy.deepcopy(loaded.policy.state_dict())
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=1.0)
-    stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
+    _, stats = update(loaded.policy, optimizer, rollout, **OPTIONS)
     assert (stats["skipped"], stats["not_finite"]) == (1, named)
     assert_same_weights(loaded.policy, before)
 
@@ -392,13 +449,13 @@ def test_when_memory_runs_out_smaller_passes_give_the_same_gradient(loaded, prom
             loaded.reference, rollout, pass_size=PassSize(3), temperature=0.8
         )
 
-    expected = update(loaded.policy, optimizer, scored_rollout(), **OPTIONS)
+    _, expected = update(loaded.policy, optimizer, scored_rollout(), **OPTIONS)
     rollout = scored_rollout()
     failing, seen = out_of_memory(1, grpo.completion_logprobs)
     monkeypatch.setattr(grpo, "completion_logprobs", failing)
     pass_size = PassSize(micro_batch=2, checkpoint_layers=0)
     with pytest.warns(UserWarning, match="--micro-batch 1 and every layer checkpointed"):
-        stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "pass_size": pass_size})
+        _, stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "pass_size": pass_size})
     assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
     assert seen == [(2, 0), (1, 0)] + [(1, ALL_LAYERS)] * 3
     assert (pass_size.micro_batch, pass_size.reduced) == (1, True)
@@ -407,7 +464,7 @@ def test_when_memory_runs_out_smaller_passes_give_the_same_gradient(loaded, prom
 def test_memory_may_run_out_in_the_vision_tower(loaded, prompts):
     """Its backward pass comes last, so everything before it is repeated with the same features."""
     optimizer = torch.optim.SGD(loaded.policy.parameters(), lr=0.0)
-    expected = update(loaded.policy, optimizer, collect(loaded, prompts), **OPTIONS)
+    _, expected = update(loaded.policy, optimizer, collect(loaded, prompts), **OPTIONS)
     rollout, times = collect(loaded, prompts), iter([1])
 
     def fail_once(gradient):
@@ -417,7 +474,7 @@ def test_memory_may_run_out_in_the_vision_tower(loaded, prompts):
     loaded.policy.model.visual.patch_embed.proj.weight.register_hook(fail_once)
     pass_size = PassSize(micro_batch=2, checkpoint_layers=0)
     with pytest.warns(UserWarning, match="out of memory"):
-        stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "pass_size": pass_size})
+        _, stats = update(loaded.policy, optimizer, rollout, **{**OPTIONS, "pass_size": pass_size})
     assert stats["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
 
 
@@ -484,7 +541,7 @@ def test_the_gradient_norm_is_that_before_clipping(loaded, prompts):
             optimizer,
             collect(loaded, prompts),
             **{**OPTIONS, "max_grad_norm": largest},
-        )
+        )[1]
         for largest in (1e9, 1e-6)
     )
     assert free["grad_norm"] == clipped["grad_norm"] > 0

@@ -171,6 +171,14 @@ def test_a_whole_run(tmp_path):
     samples = read_lines(run / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0, 2]
     assert all(len(sample["completions"]) == 2 for sample in samples)
+    for completion in samples[0]["completions"]:
+        tokens = completion["tokens"]
+        assert "".join(tokens["texts"]).removesuffix("<|im_end|>") == completion["text"]
+        assert tokens["sampled_logprobs"] == pytest.approx(tokens["old_logprobs"], abs=1e-3)
+        assert tokens["k3"] == [0.0] * len(tokens["texts"])  # the policy is still the reference
+        assert tokens["weights"] == [pytest.approx(1 / (4 * len(tokens["texts"])))] * len(
+            tokens["texts"]
+        )
     drawn = make_example(ShapeSpec(), seed=0, split="train", index=samples[1]["index"])
     assert samples[1]["shape"] == json.loads(json.dumps(dataclasses.asdict(drawn.shape)))
     config = json.loads((run / "config.json").read_text())["config"]

@@ -143,7 +143,7 @@ def test_an_update_moves_the_adapter_and_nothing_else(adapted, prompts):
         rollout = add_reference_logprobs(
             reference, rollout, pass_size=OPTIONS["pass_size"], temperature=OPTIONS["temperature"]
         )
-    stats = update(adapted.policy, optimizer, rollout, **OPTIONS)
+    _, stats = update(adapted.policy, optimizer, rollout, **OPTIONS)
     assert stats["kl"] > 0.01
     assert stats["sampler_gap_max"] < 1e-9
     for name, tensor in adapted.policy.state_dict().items():

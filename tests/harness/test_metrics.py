@@ -1,6 +1,9 @@
 """metrics.py: a step's numbers, computed by hand."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from engine.sizes import GIB
 from harness import metrics as harness_metrics
@@ -53,15 +56,23 @@ def test_the_peak_is_that_of_the_process_that_needs_most(monkeypatch):
     assert metrics(3.0, 3.0, 1.0, -3.0)["peak_gib"] == 3.0
 
 
-def test_a_sample_is_an_example_with_all_completions_of_its_group():
+def test_a_sample_is_an_example_with_its_group_token_by_token():
     example = make_example(ShapeSpec(), seed=0, split="train", index=7, image_size=56)
-    rewards = [Reward(3.0, 0.5, 0.0, 400.0, 0.0), Reward(-3.0, 0.0, 0.5, None, 1.0)]
-    sample = group_sample(9, example, texts=["a", "b"], rewards=rewards, advantages=[0.7, -0.7])
+    group = SimpleNamespace(
+        texts=["a", "bc"],
+        rewards=[Reward(3.0, 0.5, 0.0, 400.0, 0.0), Reward(-3.0, 0.0, 0.5, None, 1.0)],
+        advantages=torch.tensor([[0.5, -0.5]]),
+        lengths=[1, 2],
+    )
+    stories = {"new_logprobs": torch.tensor([[-0.1, 7.0], [-1 / 3, -0.2]])}
+    sample = group_sample(9, example, group, [["a"], ["b", "c"]], stories)
     assert (sample["step"], sample["index"], sample["area"]) == (9, 7, example.area)
     assert sample["shape"]["kind"] == example.shape.kind
     first, second = sample["completions"]
-    assert (first["text"], first["advantage"], first["predicted"]) == ("a", 0.7, 400.0)
-    assert (second["text"], second["advantage"], second["xml_format"]) == ("b", -0.7, 0.5)
+    assert (first["text"], first["advantage"], first["predicted"]) == ("a", 0.5, 400.0)
+    assert (second["text"], second["advantage"], second["xml_format"]) == ("bc", -0.5, 0.5)
+    assert first["tokens"] == {"texts": ["a"], "new_logprobs": [-0.1]}  # not the padding
+    assert second["tokens"] == {"texts": ["b", "c"], "new_logprobs": [-0.3333333, -0.2]}
 
 
 def test_what_cannot_be_judged_is_left_out_of_the_share():
