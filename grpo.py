@@ -270,11 +270,10 @@ def update(
 ) -> tuple[Rollout, dict[str, float | str]]:
     """Take `inner_epochs` optimizer steps on one rollout; return it and the last one's statistics.
 
-    The rollout gets its old log-probs, and loses its image features: they are out of date now, and
-    would keep the vision tower's activations alive. Statistics are means over the step's completion
-    tokens. The sampler's gap comes from the first epoch, while the policy is still the one that
-    sampled. An update with a number that is not finite is skipped: `skipped` counts those, and
-    `not_finite` names the number.
+    The rollout gains its old log-probs, and loses its image features, which are out of date now.
+    Statistics are means over the step's completion tokens; the sampler's gap comes from the first
+    epoch, while the policy is still the one that sampled. An update with a number that is not
+    finite is skipped: `skipped` counts those, and `not_finite` names the number.
     """
     weights = token_weights(rollout.completion_mask, loss=loss, max_new_tokens=max_new_tokens)
     skipped, not_finite, first_stats = 0, "", {}

@@ -1,4 +1,4 @@
-"""Write one HTML page about a run: its curves, and every sampled completion with its rewards.
+"""Write one HTML page about a run: its curves, and sampled completions token by token.
 
 python report.py RUN                      # writes RUN/report.html
 python report.py RUN --steps 0,100,190    # shows only these steps of samples.jsonl
@@ -17,6 +17,8 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -31,6 +33,9 @@ TEMPLATE = Path(__file__).resolve().with_name("report.html.j2")
 WINDOW = 20  # steps in the moving average
 TEXT_LIMIT = 4_000  # characters shown of each text
 FULL_COLOR = 2.0  # the advantage at which a row's color is strongest
+FULL_SHARE = 0.99  # of the tokens change less than what gives a token the strongest color
+MOVED = 4  # tokens of a group that are listed because they moved most, up and down each
+BEFORE = 10  # characters shown before such a token
 CURVES = {  # key in metrics.jsonl: title, and the range if it has one
     **REWARDS,
     "kl": ("KL to the reference, nats per token", None),
@@ -133,10 +138,40 @@ def parse_completion(completion: dict) -> dict:
         raise ValueError(f"the text of a completion cannot be {completion['text']!r}")
     numbers = {key: known(completion[key]) for key in COLUMNS if key != "total"}
     checks = {name: completion.get(key) for key, name in CHECKS.items()}
+    tokens = parse_tokens(completion["text"], completion.get("tokens"))  # none in older runs
     rewards = (numbers[key] for key in ("area_correctness", "area_format", "xml_format"))
     weights = completion.get("weights", (1, 1, 1))  # none in older runs
     total = sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
-    return {"text": completion["text"], "total": total, "checks": checks, **numbers}
+    named = {"text": completion["text"], "total": total, "checks": checks, "tokens": tokens}
+    return named | numbers
+
+
+def parse_tokens(text: str, tokens: dict | None) -> dict | None:
+    """Return what the page shows of a completion's tokens, one list entry each; None if unknown.
+
+    `texts`, `old` log-probs, `change` of the log-probs by the update, `k3` or None without a
+    reference, and `weights`. Tokens beyond the limit of a text are left out; `ends` tells whether
+    the last one is a stop token. `total` is the change of the whole completion.
+    """
+    if tokens is None:
+        return None
+    texts = tokens["texts"]
+    old, new = ([known(value) for value in tokens[key]] for key in ("old_logprobs", "new_logprobs"))
+    found = {
+        "texts": [visible(each) for each in texts],
+        "old": old,
+        "change": [after - before for before, after in zip(old, new, strict=True)],
+        "k3": [known(value) for value in tokens["k3"]] if "k3" in tokens else None,
+        "weights": [known(value) for value in tokens["weights"]],
+    }
+    if any(len(each) != len(texts) for each in found.values() if each is not None):
+        raise ValueError("the lists about its tokens differ in length")
+    lengths = accumulate(map(len, texts))
+    shown = sum(length <= TEXT_LIMIT for length in lengths)
+    ends = shown == len(texts) > 0 and "".join(texts[:-1]) == text
+    total = math.fsum(found["change"])
+    found = {key: each if each is None else each[:shown] for key, each in found.items()}
+    return {**found, "ends": ends, "total": total}
 
 
 def known(value: float | None) -> float:
@@ -155,6 +190,87 @@ def choose(groups: list[dict], steps: list[int] | None) -> list[dict]:
             names = ", ".join(map(str, there)) or "none yet"
             raise PlotError(f"--steps {step}: has no sample; those that have: {names}")
     return [group for group in groups if steps is None or group["step"] in steps]
+
+
+# --- tokens -------------------------------------------------------------------------------
+
+
+def full_change(groups: list[dict]) -> float | None:
+    """Return the change of a log-prob at which a token's color is strongest: one digit.
+
+    None if no group has tokens.
+    """
+    told = [row["tokens"] for group in groups for row in group["completions"] if row["tokens"]]
+    changes = sorted(abs(each) for tokens in told for each in tokens["change"] if each == each)
+    if not told:
+        return None
+    largest = changes[math.ceil(FULL_SHARE * len(changes)) - 1] if changes else 0.0
+    return float(f"{max(largest, 1e-6):.0e}")
+
+
+def moved_most(completions: list[dict]) -> dict[str, list[dict]]:
+    """Return the tokens of a group whose log-probs the update raised and lowered most.
+
+    Each has its text, the text before it, and its probability before and after the update.
+    """
+    moves = [
+        (change, tokens, place)
+        for tokens in (row["tokens"] for row in completions)
+        if tokens
+        for place, change in enumerate(tokens["change"])
+        if math.isfinite(change)
+    ]
+    moves.sort(key=itemgetter(0))
+    lowered = [move for move in moves[:MOVED] if move[0] < 0]
+    raised = [move for move in moves[: -MOVED - 1 : -1] if move[0] > 0]
+    return {
+        name: [
+            {
+                "text": tokens["texts"][place],
+                "before": "".join(tokens["texts"][max(0, place - BEFORE) : place])[-BEFORE:],
+                "old": probability(tokens["old"][place]),
+                "new": probability(tokens["old"][place] + change),
+            }
+            for change, tokens, place in chosen
+        ]
+        for name, chosen in (("raised most", raised), ("lowered most", lowered))
+    }
+
+
+def compact(completions: list[dict]) -> list[dict | None]:
+    """Return a group's tokens for the page's script: short keys, three digits, equal weights once.
+
+    >>> tokens = {"texts": ["a"], "old": [-0.25], "change": [1 / 3], "k3": None, "weights": [0.5]}
+    >>> compact([{"tokens": {**tokens, "ends": False}}])
+    [{'t': ['a'], 'p': [0.779], 'c': [0.333], 'k': None, 'w': 0.5, 'ends': False}]
+    """
+    return [
+        tokens
+        and {
+            "t": tokens["texts"],
+            "p": [three_digits(probability(each)) for each in tokens["old"]],
+            "c": [three_digits(each) for each in tokens["change"]],
+            "k": tokens["k3"] and [three_digits(each) for each in tokens["k3"]],
+            "w": equal_once([three_digits(each) for each in tokens["weights"]]),
+            "ends": tokens["ends"],
+        }
+        for tokens in (row["tokens"] for row in completions)
+    ]
+
+
+def probability(logprob: float) -> float:
+    """Return the probability of a log-prob, at most 1: rounding may leave one above 0."""
+    return math.exp(min(0.0, logprob))
+
+
+def three_digits(value: float) -> float | None:
+    """Return the value with three significant digits, or None if it is not finite."""
+    return float(f"{value:.3g}") if math.isfinite(value) else None
+
+
+def equal_once(values: list) -> list | float | None:
+    """Return the one value that all are, or the list."""
+    return values[0] if values and values.count(values[0]) == len(values) else values
 
 
 # --- pictures -----------------------------------------------------------------------------
@@ -270,7 +386,9 @@ def template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     filters = (visible, characters_cut, number, side, strength, content_security_policy)
+    filters += (moved_most, compact)
     environment.filters.update({function.__name__: function for function in filters})
     return environment.get_template(TEMPLATE.name)
 
@@ -296,6 +414,7 @@ def content(run: Path, steps: list[int] | None) -> dict:
             if key not in CHECKS or any(step.get(key) is not None for step in metrics)
         },
         "full_color": FULL_COLOR,
+        "full_change": full_change(groups),
         "kinds": KINDS,
         "least": sum(limits[0] for _, limits in REWARDS.values()),
         "most": sum(limits[1] for _, limits in REWARDS.values()),

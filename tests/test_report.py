@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -129,7 +128,7 @@ def test_a_completion_stands_beside_its_rewards(make_run):
     numbers = [text for text in page.text_of("td") if text]
     assert numbers[:7] == ["−0.50", "−0.25", "−1.25", "0.5", "0.5", "300.00", "29.1 %"]  # noqa: RUF001
     assert numbers[7:] == ["–", "1.75", "1.25", "0.5", "0.0", "–", "100.0 %"]  # noqa: RUF001
-    assert page.text_of("div")[-2:] == ["one", "two"]
+    assert page.text_of("span") == ["one", "two"]
 
 
 def test_a_group_shows_its_plot(make_run):
@@ -279,6 +278,93 @@ def test_matplotlib_s_settings_do_not_change_the_page(make_run):
     assert pages[0] == pages[1]
 
 
+# --- tokens -------------------------------------------------------------------------------
+
+
+def tokens(**lists) -> dict:
+    """Three tokens of a completion, "a", "b" and a stop token, as samples.jsonl has them."""
+    lists = {"weights": [0.25] * 3, "ref_logprobs": [-0.5] * 3, "k3": [0.01, 0.0, 0.02], **lists}
+    old, new = [-0.5, -1.0, -0.1], [-0.25, -2.0, -0.1]
+    named = {"texts": ["a", "b", "<|im_end|>"], "sampled_logprobs": old}
+    return {**named, "old_logprobs": old, "new_logprobs": new, **lists}
+
+
+def test_the_script_gets_what_samples_jsonl_tells_of_each_token(make_run):
+    group = sample(0, completion("ab", tokens=tokens()), completion("old"))
+    (data,) = [text for text in page_of(make_run(group)).text_of("script") if text[0] == "["]
+    told, nothing = json.loads(data)
+    assert nothing is None
+    assert told == {
+        "t": ["a", "b", "<|im_end|>"],
+        "p": [0.607, 0.368, 0.905],  # exp(-0.5), exp(-1), exp(-0.1)
+        "c": [0.25, -1.0, 0.0],
+        "k": [0.01, 0.0, 0.02],
+        "w": 0.25,
+        "ends": True,
+    }
+
+
+def test_without_a_reference_there_is_no_kl_and_weights_may_differ(make_run):
+    told = tokens(weights=[0.25, 0.25, 0.0], new_logprobs=[None, -2.0, -0.1])
+    del told["k3"], told["ref_logprobs"]
+    page = page_of(make_run(sample(0, completion("ab<|im_end|>", tokens=told))))
+    (data,) = [json.loads(text) for text in page.text_of("script") if text[0] == "["]
+    assert (data[0]["k"], data[0]["w"], data[0]["c"]) == (
+        None,
+        [0.25, 0.25, 0.0],
+        [None, -1.0, 0.0],
+    )
+    assert not data[0]["ends"]  # the text has it too: the limit cut the completion off
+
+
+def test_the_tokens_of_a_group_that_moved_most_are_listed(make_run):
+    rows = [
+        completion("ab", tokens=tokens()),
+        completion("ab", tokens=tokens(texts=["c", "d", "e"], new_logprobs=[-0.45, -1.0, -0.2])),
+    ]
+    page = page_of(make_run(sample(0, *rows)))
+    words = [text.split("→") for text in page.text_of("span") if "→" in text]
+    assert [[float(each) for each in pair] for pair in words] == [
+        [0.607, 0.779],  # a: exp(-0.5) to exp(-0.25)
+        [0.607, 0.638],  # c: to exp(-0.45)
+        [0.368, 0.135],  # b, behind "a"
+        [0.905, 0.819],  # e, behind "cd"
+    ]
+    moved = [attributes.get("class") for tag, attributes in page.elements if tag == "b"][-4:]
+    assert moved == ["above", "above", "below", "below"]
+    assert page.text_of("code") == ["", "", "a", "cd"]
+    assert page.text_of("small")[-2:] == [
+        "log-prob of the whole: −0.750",  # noqa: RUF001
+        "log-prob of the whole: −0.050",  # noqa: RUF001
+    ]
+
+
+def test_the_strongest_color_is_that_of_the_largest_hundredth():
+    changes = [i / 100 for i in range(100)]
+    group = {"completions": [{"tokens": {"change": [*changes, float("nan")]}}, {"tokens": None}]}
+    assert report.full_change([group]) == 1.0  # 0.98, as one digit
+    assert report.full_change([{"completions": [{"tokens": None}]}]) is None
+    assert report.full_change([{"completions": [{"tokens": {"change": [0.0]}}]}]) == 1e-6
+
+
+def test_tokens_beyond_the_limit_of_a_text_are_left_out(make_run):
+    texts = ["x" * 1_000] * 5
+    told = {key: [-0.1] * 5 for key in tokens() if key != "texts"}
+    row = completion("x" * 5_000, tokens={**told, "texts": texts})
+    page = page_of(make_run(sample(0, row)))
+    (data,) = [json.loads(text) for text in page.text_of("script") if text[0] == "["]
+    assert [len(text) for text in data[0]["t"]] == [1_000] * 4
+    assert len(data[0]["p"]) == len(data[0]["c"]) == 4
+    assert page.text_of("em") == ["… 1,000 more characters"]
+
+
+def test_a_run_without_tokens_has_no_switch(make_run):
+    radios = [
+        field for field in page_of(make_run(sample(0))).all("input") if field["type"] == "radio"
+    ]
+    assert radios == []
+
+
 # --- hostile text -------------------------------------------------------------------------
 
 
@@ -303,10 +389,23 @@ def test_hostile_texts_stay_text(run_of_texts):
     assert page.elements == harmless.elements
     assert page.others == harmless.others == []
     seen = [visible or text for text, visible in HOSTILE.items()]
-    assert page.text_of("div")[-len(HOSTILE) :] == seen
+    assert page.text_of("span") == seen
     assert page.text_of("dt")[-len(HOSTILE) :] == [text.replace("_", " ") for text in seen]
     assert page.text_of("dd")[-len(HOSTILE) :] == seen
     assert page.text_of("dd")[0] == " ".join(seen)
+
+
+def test_hostile_tokens_stay_text(make_run):
+    def page_with(texts: list[str], name: str) -> Page:
+        told = {key: [-0.1] * len(texts) for key in tokens() if key != "texts"}
+        row = completion("".join(texts), tokens={**told, "texts": texts})
+        return page_of(make_run(sample(0, row), name=name))
+
+    page = page_with(list(HOSTILE), "one")
+    assert page.elements == page_with(["text"] * len(HOSTILE), "two").elements
+    assert page.others == []
+    (data,) = [json.loads(text) for text in page.text_of("script") if text[0] == "["]
+    assert data[0]["t"] == [visible or text for text, visible in HOSTILE.items()]
 
 
 def test_a_hostile_name_stays_text(make_run):
@@ -319,7 +418,7 @@ def test_a_hostile_name_stays_text(make_run):
 def test_a_long_text_is_cut(make_run):
     run = make_run(sample(0, completion("<" * 1_000_000), completion("x" * TEXT_LIMIT)))
     page = page_of(run)
-    assert page.text_of("div")[-2:] == ["<" * TEXT_LIMIT, "x" * TEXT_LIMIT]
+    assert page.text_of("span") == ["<" * TEXT_LIMIT, "x" * TEXT_LIMIT]
     assert page.text_of("em") == ["… 996,000 more characters"]
     assert (run / "report.html").stat().st_size < 200_000
 
@@ -344,26 +443,6 @@ def test_the_page_loads_nothing_and_runs_one_script(make_run):
         for name in ("src", "href", "xlink:href"):
             assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
     assert not re.search(r"@import|url\((?!#)", (run / "report.html").read_text())
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_a_browser_agrees(run_of_texts, tmp_path):
-    run = run_of_texts(list(HOSTILE), name="run")
-    report.main([str(run)])
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
-    flags += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'browser'}"]
-    command = ["chromium", *flags, (run / "report.html").as_uri()]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    page = Page(answer.stdout)
-    assert page.text_of("title") == ["run"]
-    assert (
-        page.text_of("output")[-1] == f"{len(HOSTILE)} of {len(HOSTILE)} completions"
-    )  # its own script did run
-    assert "hidden" not in page.all("fieldset")[0]
-    assert len(page.all("script")) == len(page.all("img")) == 1
-    assert [text for text in page.text_of("div")[-len(HOSTILE) :] if "taken" in text] == [
-        text for text in HOSTILE if "taken" in text
-    ]
 
 
 @pytest.mark.parametrize("character", ["\0", "\x7f", "\x85", "\u200d", "\ufeff", "\udfff"])
@@ -410,6 +489,11 @@ def with_(change: dict) -> str:
     return json.dumps({**line, "shape": {**line["shape"], **shape}, **rest}) + "\n"
 
 
+def with_tokens(**lists) -> str:
+    """A line of samples.jsonl with something changed in what it tells of the tokens."""
+    return json.dumps(sample(0, completion("ab", tokens=tokens(**lists)))) + "\n"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
@@ -437,6 +521,10 @@ def with_(change: dict) -> str:
         ("samples.jsonl", with_({"area": "large"}), "line 1 is damaged"),
         ("samples.jsonl", with_({"completions": None}), "line 1 is damaged"),
         ("samples.jsonl", with_({"completions": [{"text": ""}]}), "line 1 has no 'advantage'"),
+        ("samples.jsonl", with_tokens(k3=[0.0]), "line 1 is damaged: the lists about its tokens"),
+        ("samples.jsonl", with_tokens(weights=["much"] * 3), "line 1 is damaged"),
+        ("samples.jsonl", with_tokens(texts=None), "line 1 is damaged"),
+        ("samples.jsonl", with_tokens(texts=[1, 2, 3]), "line 1 is damaged"),
     ],
 )
 def test_a_damaged_run_is_told_in_one_line_and_the_page_stays(
