@@ -270,10 +270,9 @@ def update(
 ) -> tuple[Rollout, dict[str, float | str]]:
     """Take `inner_epochs` optimizer steps on one rollout; return it and the last one's statistics.
 
-    The rollout gains its old log-probs, and loses its image features, which are out of date now.
-    Statistics are means over the step's completion tokens; the sampler's gap comes from the first
-    epoch, while the policy is still the one that sampled. An update with a number that is not
-    finite is skipped: `skipped` counts those, and `not_finite` names the number.
+    The rollout gains its old log-probs, and loses its image features: they are out of date now.
+    Statistics are token means; the sampler's gap is the first epoch's, by the policy that sampled.
+    An update with a number that is not finite is `skipped`; `not_finite` names the number.
     """
     weights = token_weights(rollout.completion_mask, loss=loss, max_new_tokens=max_new_tokens)
     skipped, not_finite, first_stats = 0, "", {}
@@ -299,9 +298,9 @@ def update(
         first_stats = first_stats or stats
         if rollout.old_logprobs is None:
             prompts = rollout.prompts.without_image_features()
-            rollout = replace(rollout, old_logprobs=logprobs, prompts=prompts)
+            rollout = replace(rollout, prompts=prompts, old_logprobs=logprobs)
     gap = {name: value for name, value in first_stats.items() if name.startswith("sampler_gap")}
-    stats |= {**gap, "grad_norm": grad_norm}
+    stats = {**stats, **gap, "grad_norm": grad_norm}
     numbers = {name: float(value) for name, value in stats.items()}  # host sync
     return rollout, {**numbers, "skipped": skipped, "not_finite": not_finite}
 
