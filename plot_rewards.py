@@ -1,7 +1,9 @@
 """Plot the rewards of one run, or compare several runs. Reads nothing but their folders.
 
-python plot_rewards.py RUN            # writes three figures to the run folder
-python plot_rewards.py RUN RUN ...    # writes a figure of the area reward to the current folder
+python plot_rewards.py RUN                          # writes three figures to the run folder
+python plot_rewards.py RUN RUN ...                  # one of the area reward, to the current folder
+python plot_rewards.py RUN RUN --metrics kl,entropy # a figure of each of these instead
+python plot_rewards.py RUN --ancestor               # with what the ancestor published, as dots
 
 Runs whose names differ only in a final "-seed0", "-seed1", ... share one curve: their mean, with
 a band from the lowest seed to the highest. A run that is named twice counts once.
@@ -25,6 +27,25 @@ REWARDS = {  # key in metrics.jsonl: the reward's title and range
     "area_correctness_reward": ("Area correctness", (-3.0, 3.0)),
     "area_format_reward": ("Area format (two decimals)", (0.0, 0.5)),
     "xml_format_reward": ("XML format", (0.0, 0.5)),
+}
+METRICS = {  # more keys in metrics.jsonl: title, and the range if there is one
+    **REWARDS,
+    "kl": ("KL to the reference, nats per token", None),
+    "entropy": ("Entropy, nats per token", None),
+    "completion_length_mean": ("Completion length, tokens", None),
+    "shape_named": ("Class named, share of those that name one", (0.0, 1.0)),
+    "answer_follows": ("Answer follows from the reasoning, share", (0.0, 1.0)),
+}
+ANCESTOR = {  # task: prompts and area reward, the means of 100 prompts as published; 7B on an H200
+    "sizes 20 to 35": ([50, 900], [0.6, 2.65]),  # read off its figure
+    "turned by up to 45°": (
+        [100 * i + 50 for i in range(10)],
+        [0.74, 1.49, 1.80, 2.04, 1.88, 1.99, 2.18, 2.28, 2.39, 2.31],
+    ),
+    "sizes 5 to 35": (
+        [100 * i + 50 for i in range(10)],
+        [0.50, 1.24, 0.90, 1.32, 1.44, 1.33, 1.49, 1.40, 1.47, 1.55],
+    ),
 }
 AXES = {"prompts": "prompts seen", "steps": "steps"}
 SEED = re.compile(r"-seed[0-9]+$")  # ends the name of a run
@@ -64,7 +85,7 @@ def curve(steps: list[dict], key: str, axis: str) -> tuple[np.ndarray, np.ndarra
     """Return x and y, each of shape (steps,). A missing value becomes nan."""
     x = [step["prompts"] if axis == "prompts" else step["step"] + 1 for step in steps]
     y = [step.get(key) for step in steps]
-    known = [value if isinstance(value, int | float) else np.nan for value in y]
+    known = [value if is_number(value) else np.nan for value in y]
     return np.array(x), np.array(known, dtype=float)
 
 
@@ -138,26 +159,49 @@ def averages(
     return curves[0][0][:steps], np.stack([moving_average(y[:steps], window) for _, y in curves])
 
 
-def change(run: Path, window: int) -> str:
-    """Return one line with each reward's mean over the first and the last `window` steps."""
+def check_metrics(run: Path, keys: list[str]) -> None:
+    """Raise `ValueError` for a key of which a run has no number."""
+    steps = read_metrics(run)
+    known = {key for step in steps for key, value in step.items() if is_number(value)}
+    for key in keys:
+        if key not in known:
+            named = ", ".join(sorted(known - {"step", "prompts"}))
+            raise ValueError(f"--metrics {key}: {run} has no such number; it has: {named}")
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value from a JSON file is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def title_of(key: str) -> tuple[str, tuple[float, float] | None]:
+    """Return the title of a metric's figure, and its range if it has one."""
+    return METRICS.get(key, (key.replace("_", " ").capitalize(), None))
+
+
+def change(run: Path, keys: list[str], window: int) -> str:
+    """Return one line with each metric's mean over the first and the last `window` steps."""
     steps = read_metrics(run)
     parts = []
-    for key in REWARDS:
+    for key in keys:
         _, values = curve(steps, key, "steps")
         first, last = moving_average(values, window)[[min(window, len(values)) - 1, -1]]
-        parts.append(f"{key} {first:.2f} -> {last:.2f}")
+        form = ".2f" if key in REWARDS else ".3g"
+        parts.append(f"{key} {first:{form}} -> {last:{form}}")
     return f"{run}: " + ", ".join(parts)
 
 
 # --- drawing ------------------------------------------------------------------------------
 
 
-def new_axes(title: str, ylabel: str, xlabel: str, limits: tuple[float, float]):
-    """Return a figure and its axes, which show the reward's whole range with a small margin."""
+def new_axes(title: str, ylabel: str, xlabel: str, limits: tuple[float, float] | None):
+    """Return a figure and its axes, which show the whole range, if any, with a small margin."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    margin = 0.03 * (limits[1] - limits[0])
-    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(limits[0] - margin, limits[1] + margin))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if limits:
+        margin = 0.03 * (limits[1] - limits[0])
+        axes.set_ylim(limits[0] - margin, limits[1] + margin)
     axes.set_title(title, **AS_IT_IS)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
@@ -174,25 +218,39 @@ def add_legend(axes) -> None:
         text.set(text=line.get_label(), **AS_IT_IS)
 
 
-def draw_run(run: Path, key: str, path: Path, *, window: int, axis: str) -> None:
-    """Write a figure of one reward in one run."""
-    title, limits = REWARDS[key]
-    figure, axes = new_axes(f"{title}: {named(run).name}", "mean reward", AXES[axis], limits)
+def draw_run(run: Path, key: str, path: Path, *, window: int, axis: str, ancestor: bool) -> None:
+    """Write a figure of one metric in one run."""
+    title, limits = title_of(key)
+    ylabel = "mean reward" if key in REWARDS else "mean of the step"
+    figure, axes = new_axes(f"{title}: {named(run).name}", ylabel, AXES[axis], limits)
     x, y = curve(read_metrics(run), key, axis)
     axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     label = f"moving average over {window} steps"
     axes.plot(x, moving_average(y, window), color="tab:blue", linewidth=2, label=label)
+    if ancestor:
+        draw_ancestor(axes)
     add_legend(axes)
     figure.savefig(path)
 
 
-def draw_variations(runs: list[Path], key: str, path: Path, *, window: int, axis: str) -> None:
-    """Write a figure that compares the moving averages of one reward in several runs."""
-    title, limits = REWARDS[key]
+def draw_variations(
+    runs: list[Path], key: str, path: Path, *, window: int, axis: str, ancestor: bool
+) -> None:
+    """Write a figure that compares the moving averages of one metric in several runs."""
+    title, limits = title_of(key)
     figure, axes = new_axes(title, f"moving average over {window} steps", AXES[axis], limits)
     draw_seeds(axes, runs, key, window=window, axis=axis)
+    if ancestor:
+        draw_ancestor(axes)
     add_legend(axes)
     figure.savefig(path)
+
+
+def draw_ancestor(axes) -> None:
+    """Draw the ancestor's published numbers as hollow dots: another model, other options."""
+    for (task, points), marker in zip(ANCESTOR.items(), "os^", strict=True):
+        label = f"the ancestor, 7B: {task}"
+        axes.plot(*points, marker, color="0.35", markerfacecolor="none", label=label)
 
 
 def draw_seeds(axes, runs: list[Path], key: str, *, window: int, axis: str) -> None:
@@ -204,20 +262,46 @@ def draw_seeds(axes, runs: list[Path], key: str, *, window: int, axis: str) -> N
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def pictures(runs: list[Path], out: Path | None, **options) -> dict[Path, Callable]:
-    """Return the path of each figure and the function that writes it.
+def pictures(
+    runs: list[Path], keys: list[str], out: Path | None, *, ancestor: bool, **options
+) -> dict[Path, Callable]:
+    """Return the path of each figure and the function that writes it, one per metric.
 
-    One run gets three figures; several runs share one.
+    Those of one run go to its folder. The ancestor's numbers are of the area reward only.
     """
-    if len(runs) == 1:
-        draw, folder = partial(draw_run, runs[0], **options), out or runs[0]
-        return {folder / f"{key}.png": partial(draw, key) for key in REWARDS}
-    key = "area_correctness_reward"
-    path = (out or Path()) / f"{key}_variations.png"
-    return {path: partial(draw_variations, runs, key, **options)}
+    draw, folder, end = partial(draw_run, runs[0]), out or runs[0], ""
+    if len(runs) > 1:
+        draw, folder, end = partial(draw_variations, runs), out or Path(), "_variations"
+    return {
+        folder / f"{key}{end}.png": partial(
+            draw, key, ancestor=ancestor and key == "area_correctness_reward", **options
+        )
+        for key in keys
+    }
 
 
 # --- command ------------------------------------------------------------------------------
+
+
+def chosen_metrics(given: str | None, runs: int) -> list[str]:
+    """Return the keys to draw, each once: those given, or the default for so many runs.
+
+    >>> chosen_metrics("kl, entropy,kl", 1), chosen_metrics(None, 2)
+    (['kl', 'entropy'], ['area_correctness_reward'])
+    """
+    if given is not None:
+        return list(dict.fromkeys(key.strip() for key in given.split(",")))
+    return list(REWARDS) if runs == 1 else ["area_correctness_reward"]
+
+
+def check_options(args: argparse.Namespace, keys: list[str]) -> None:
+    """Raise `ValueError` for options that are not accepted."""
+    if args.window < 1:
+        raise ValueError(f"--window {args.window}: must be at least 1")
+    if args.ancestor and (args.axis != "prompts" or "area_correctness_reward" not in keys):
+        raise ValueError("--ancestor: its numbers are the area reward, by prompts")
+    if args.out:
+        check_folder("--out", args.out)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -236,19 +320,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--axis", choices=AXES, default="prompts", help="the x axis; default: prompts"
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="KEY,KEY,...",
+        help="keys of metrics.jsonl to draw; default: the three rewards, of several runs the area",
+    )
+    parser.add_argument(
+        "--ancestor", action="store_true", help="add the ancestor's published area rewards, as dots"
+    )
     args = parser.parse_args(arguments)
     runs = each_once(args.runs)
+    keys = chosen_metrics(args.metrics, len(runs))
     try:
-        if args.window < 1:
-            raise ValueError(f"--window {args.window}: must be at least 1")
-        if args.out:
-            check_folder("--out", args.out)
-        changes = [change(run, args.window) for run in runs]
+        check_options(args, keys)
+        for run in runs if args.metrics is not None else []:
+            check_metrics(run, keys)
+        changes = [
+            change(run, list(REWARDS) if args.metrics is None else keys, args.window)
+            for run in runs
+        ]
     except (ValueError, PlotError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"Means over the first and the last {args.window} steps:")
     print("\n".join(changes))
-    drawn = pictures(runs, args.out, window=args.window, axis=args.axis)
+    options = {"window": args.window, "axis": args.axis, "ancestor": args.ancestor}
+    drawn = pictures(runs, keys, args.out, **options)
     written = [path for path, write in drawn.items() if write_file(path, write)]
     for path in written:
         print(path)

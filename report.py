@@ -26,7 +26,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from harness.terminal import ignore_output_errors
-from plot_rewards import REWARDS, PlotError, curve, moving_average, read_metrics
+from plot_rewards import METRICS, REWARDS, PlotError, curve, moving_average, read_metrics
 from shapes import KINDS, Figure, Shape, canvas_of, check_image_size, default_style
 
 TEMPLATE = Path(__file__).resolve().with_name("report.html.j2")
@@ -36,14 +36,6 @@ FULL_COLOR = 2.0  # the advantage at which a row's color is strongest
 FULL_SHARE = 0.99  # of the tokens change less than what gives a token the strongest color
 MOVED = 4  # tokens of a group that are listed because they moved most, up and down each
 BEFORE = 10  # characters shown before such a token
-CURVES = {  # key in metrics.jsonl: title, and the range if it has one
-    **REWARDS,
-    "kl": ("KL to the reference, nats per token", None),
-    "entropy": ("Entropy, nats per token", None),
-    "completion_length_mean": ("Completion length, tokens", None),
-    "shape_named": ("Class named, share of those that name one", (0.0, 1.0)),
-    "answer_follows": ("Answer follows from the reasoning, share", (0.0, 1.0)),
-}
 CHECKS = {  # key of a completion: what the page calls it; older runs lack them
     "shape_named": "names the class",
     "answer_follows": "the answer follows",
@@ -113,7 +105,7 @@ def parse_evaluation(line: dict) -> dict:
 
     `curve` plots step n at n + 1, so an evaluation after n steps becomes step n - 1.
     """
-    return {"step": int(line["steps_done"]) - 1, **{key: known(line.get(key)) for key in CURVES}}
+    return {"step": int(line["steps_done"]) - 1, **{key: known(line.get(key)) for key in METRICS}}
 
 
 def parse_group(line: dict, *, image_size: int) -> dict:
@@ -291,7 +283,7 @@ def draw_curve(key: str, steps: list[dict], evaluations: list[dict]) -> Markup:
 
 def curve_figure(key: str, steps: list[dict], evaluations: list[dict]) -> Figure:
     """Return the figure for `draw_curve`, which has no title: the page shows one above it."""
-    _, limits = CURVES[key]
+    _, limits = METRICS[key]
     figure = Figure(figsize=(4, 2), layout="constrained")
     axes = figure.add_subplot()
     x, y = curve(steps, key, "steps")
@@ -409,8 +401,8 @@ def content(run: Path, steps: list[int] | None) -> dict:
         "options": options,
         "window": WINDOW,
         "curves": {
-            CURVES[key][0]: draw_curve(key, metrics, evaluations)
-            for key in CURVES
+            METRICS[key][0]: draw_curve(key, metrics, evaluations)
+            for key in METRICS
             if key not in CHECKS or any(step.get(key) is not None for step in metrics)
         },
         "full_color": FULL_COLOR,

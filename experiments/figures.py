@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from harness.runlog import RunError, provenance, read_description
 from harness.terminal import ignore_output_errors, write_file
-from plot_rewards import PlotError, averages
+from plot_rewards import ANCESTOR, PlotError, averages
 from rewards import reasoning_of, relative_error, values_in
 from shapes import Figure
 
@@ -35,11 +35,6 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %,
 TEMPERATURES = {"greedy": 0, "sampled": 1}
 WINDOW = 20  # steps per mean
 TASKS = {"base": "sizes 20 to 35", "rotated": "turned by up to 45°", "wide": "sizes 5 to 35"}
-ANCESTOR = {  # mean area reward per 100 prompts, as published
-    "rotated": [0.74, 1.49, 1.80, 2.04, 1.88, 1.99, 2.18, 2.28, 2.39, 2.31],
-    "wide": [0.50, 1.24, 0.90, 1.32, 1.44, 1.33, 1.49, 1.40, 1.47, 1.55],
-}
-ANCESTOR_BASE = {50: 0.6, 900: 2.65}  # prompts: reward, read off its figure
 MEASURES = {  # key of a summary: heading, factor, decimals
     "area_correctness_reward": ("area reward", 1, 2),
     "relative_error_median": ("median error, %", 100, 1),
@@ -212,13 +207,9 @@ def tasks_figure(_: dict) -> Figure:
     """Return our curves, beside the ancestor's numbers, which are for another model."""
     figure, (ours, theirs) = new_figure(2, size=(11, 4.5))
     draw_named(ours, {TASKS[task]: task for task in TASKS}, "area_correctness_reward")
-    for task in ANCESTOR.keys() & TASKS.keys():
-        rewards = ANCESTOR[task]
-        prompts = [100 * i + 50 for i in range(len(rewards))]
-        color = f"C{list(TASKS).index(task)}"
-        theirs.plot(prompts, rewards, marker="o", color=color, label=TASKS[task])
-    label = f"{TASKS['base']}, two points read off its figure"
-    theirs.plot(*zip(*ANCESTOR_BASE.items(), strict=True), "o", color="C0", label=label)
+    for number, task in enumerate(TASKS.values()):
+        label = task if number else f"{task}, two points read off its figure"
+        theirs.plot(*ANCESTOR[task], "-o" if number else "o", color=f"C{number}", label=label)
     ours.set_title(f"this program, the bundled tiny model, {len(SEEDS)} seeds")
     theirs.set_title("the ancestor: another model, 7B, on an H200")
     for axes, ylabel in ((ours, f"mean of {WINDOW} steps"), (theirs, "mean of 100 prompts")):

@@ -65,6 +65,33 @@ def test_several_runs_give_one_figure(run, tmp_path):
     assert (tmp_path / "area_correctness_reward_variations.png").exists()
 
 
+def test_other_metrics_are_drawn_on_request(run, tmp_path, capsys):
+    tail = '{"step": 30, "prompts": 124, "kl": 0.5, "lr": 3e-5, "not_finite": "", "flag": true}\n'
+    one, other = run("a", tail=tail), run("b", tail=tail)
+    plot_rewards.main([str(one), "--metrics", "kl,lr,kl"])
+    assert {path.name for path in one.glob("*.png")} == {"kl.png", "lr.png"}
+    assert "kl nan -> 0.5, lr nan -> 3e-05" in capsys.readouterr().out
+    plot_rewards.main([str(one), str(other), "--metrics", "kl", "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.glob("*.png")] == ["kl_variations.png"]
+    for wrong in ("loss", "not_finite", "flag", "", "kl,"):
+        with pytest.raises(SystemExit):
+            plot_rewards.main([str(one), "--metrics", wrong])
+        told = capsys.readouterr().err
+        assert f"{one} has no such number; it has: area_correctness_reward, " in told
+
+
+def test_the_ancestor_is_dots_in_the_figure_of_the_area_only(run, tmp_path, drawn, capsys):
+    folder = run("base")
+    plot_rewards.main([str(folder), "--ancestor"])
+    assert [len(axes.lines) for axes in drawn] == [5, 2, 2]
+    assert [line.get_linestyle() for line in drawn[0].lines] == ["-", "-", "None", "None", "None"]
+    assert legend_of(drawn[0])[-1] == "the ancestor, 7B: sizes 5 to 35"
+    for flags in (["--axis", "steps"], ["--metrics", "area_format_reward"]):
+        with pytest.raises(SystemExit):
+            plot_rewards.main([str(folder), "--ancestor", *flags])
+        assert "--ancestor: its numbers are the area reward, by prompts" in capsys.readouterr().err
+
+
 def test_seeds_are_averaged_step_by_step_as_far_as_all_of_them_go(tmp_path):
     runs = [tmp_path / f"wide-seed{seed}" for seed in (0, 1)]
     for run, rewards in zip(runs, ([0, 1, 2, 3], [2, 3, 4]), strict=True):

@@ -18,8 +18,8 @@ from matplotlib import rc_context
 from PIL import Image
 
 import report
-from plot_rewards import REWARDS, curve
-from report import CURVES, TEXT_LIMIT, characters_cut, number, parse_evaluation, visible
+from plot_rewards import METRICS, REWARDS, curve
+from report import TEXT_LIMIT, characters_cut, number, parse_evaluation, visible
 from shapes import ShapeSpec, canvas_of, make_example
 
 EXAMPLES = [make_example(ShapeSpec(), seed=0, split="train", index=i) for i in range(2)]
@@ -233,7 +233,7 @@ def test_an_unfinished_run_without_samples_and_evaluations_has_a_page(make_run):
     (run / "evaluations.jsonl").write_text("")
     page = page_of(run)
     assert page.all("section") == []
-    assert len(page.all("svg")) == len(CURVES.keys() - report.CHECKS)  # an older run has no checks
+    assert len(page.all("svg")) == len(METRICS.keys() - report.CHECKS)  # an older run has no checks
     assert page.all("input")[0]["max"] == "0"
 
 
