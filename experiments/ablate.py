@@ -44,6 +44,34 @@ def with_batch_std(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return advantages
 
 
+def with_the_others_as_baseline(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a `group_advantages` that subtracts the mean of the other rewards of the group.
+
+    RLOO: Ahmadian et al. 2024, Back to Basics, arXiv:2402.14740.
+    """
+
+    def advantages(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
+        others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+        return torch.where(grpo.has_spread(rewards)[:, None], rewards - others, 0.0)
+
+    return advantages
+
+
+def with_one_ratio_per_completion(grpo_loss: Callable) -> Callable:
+    """Return a `grpo_loss` whose ratio is the geometric mean of a completion's token ratios.
+
+    GSPO: Zheng et al. 2025, arXiv:2507.18071. Run it with --beta 0: the KL term would see the mean.
+    """
+
+    def loss(logprobs: Tensor, rollout: grpo.Rollout, weights: Tensor, **options):
+        old = logprobs.detach() if rollout.old_logprobs is None else rollout.old_logprobs
+        mask = rollout.completion_mask
+        mean = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        return grpo_loss(old + mean, rollout, weights, **options)
+
+    return loss
+
+
 def without_stop_token(token_weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a `token_weights` that is 0 for each row's last token, so stopping is not trained."""
 
@@ -84,6 +112,16 @@ def only_if_it_follows(score: Callable[..., Reward]) -> Callable[..., Reward]:
     return strict
 
 
+def paid_by_length(score: Callable[..., Reward]) -> Callable[..., Reward]:
+    """Return a `score` that adds 0.02 per character to the area reward: it can be cheated."""
+
+    def generous(text: str, *arguments, **options) -> Reward:
+        reward = score(text, *arguments, **options)
+        return replace(reward, area_correctness=reward.area_correctness + 0.02 * len(text))
+
+    return generous
+
+
 def with_log_sizes(_: Callable) -> Callable[..., tuple[float, float]]:
     """Return a `sample_size` that is uniform in the logarithm: small shapes come more often."""
 
@@ -102,10 +140,13 @@ def with_log_sizes(_: Callable) -> Callable[..., tuple[float, float]]:
 ABLATIONS = {  # name: module, function to replace, maker of its replacement
     "std": (grpo, "group_advantages", without_std),
     "batch-std": (grpo, "group_advantages", with_batch_std),
+    "group-mean": (grpo, "group_advantages", with_the_others_as_baseline),
+    "token-ratio": (grpo, "grpo_loss", with_one_ratio_per_completion),
     "stop-token": (grpo, "token_weights", without_stop_token),
     "scored-temperature": (grpo, "completion_logprobs", without_temperature),
     "kahan": (main, "make_optimizer", without_kahan),
     "unfounded-answers": (main, "score", only_if_it_follows),
+    "fixed-pay": (main, "score", paid_by_length),
     "uniform-sizes": (shapes, "sample_size", with_log_sizes),
 }
 

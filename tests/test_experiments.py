@@ -53,6 +53,60 @@ def test_with_the_std_of_the_batch_groups_keep_their_size_beside_each_other(take
     torch.testing.assert_close(advantages * scale, torch.tensor([[-1.0, 1], [0, 0], [-4, 4]]))
 
 
+def test_without_the_group_mean_the_baseline_is_the_mean_of_the_others(take_out):
+    """RLOO by hand: 1 against (2 + 6) / 2, and so on: G / (G - 1) times the centered reward."""
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
+    centered = grpo.group_advantages(rewards, divide_by_std=False)
+    take_out("group-mean")
+    advantages = grpo.group_advantages(rewards, divide_by_std=True)
+    assert advantages.tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(advantages, 3 / 2 * centered)
+
+
+LOSS_OPTIONS = {"beta": 0.0, "clip_eps": 0.2, "clip_eps_high": 0.2}
+
+
+def loss_of(logprobs: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    """The loss of two completions of 2 and 3 tokens, with advantages 1 and -1."""
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    rollout = SimpleNamespace(
+        completion_mask=mask,
+        advantages=torch.tensor([[1.0, -1.0]]),
+        old_logprobs=old,
+        ref_logprobs=None,
+        sampled_logprobs=torch.zeros(2, 3),
+    )
+    weights = grpo.token_weights(mask, loss="grpo", max_new_tokens=3)
+    return grpo.grpo_loss(logprobs, rollout, weights, **LOSS_OPTIONS)[0]
+
+
+def test_without_token_ratios_a_completion_has_their_geometric_mean(take_out):
+    """GSPO by hand: ratios 1.1 and 1.3 make sqrt(1.43) = 1.196, which is not clipped at 1.2."""
+    logprobs = torch.log(torch.tensor([[1.1, 1.3, 9.0], [1.0, 1.0, 1.0]]))
+    old = torch.zeros(2, 3)
+    assert loss_of(logprobs, old).item() == pytest.approx(-(1.1 + 1.2) / 4 + 1 / 2)
+    take_out("token-ratio")
+    assert loss_of(logprobs, old).item() == pytest.approx(-(1.43**0.5) / 2 + 1 / 2)
+
+
+def test_while_a_rollout_is_used_once_both_ratios_have_the_same_gradient(take_out):
+    gradients = []
+    for _ in ("token ratios", "their mean"):
+        logprobs = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -3.0, -1.0]], requires_grad=True)
+        loss_of(logprobs, None).backward()
+        gradients.append(logprobs.grad)
+        take_out("token-ratio")
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients[0], torch.tensor([[-1 / 4, -1 / 4, 0], [1 / 6] * 3]))
+
+
+def test_without_fixed_pay_a_longer_answer_earns_more(take_out):
+    text = "<reasoning>20 * 20</reasoning><answer>400.00</answer>"
+    assert main.score(text, 400.0).area_correctness == 3.0
+    take_out("fixed-pay")
+    assert main.score(text, 400.0).area_correctness == pytest.approx(3.0 + 0.02 * len(text))
+
+
 def test_an_answer_that_does_not_follow_earns_no_area(take_out):
     take_out("unfounded-answers")
     for words, area in (("20 * 20", 3.0), ("21 * 21", -3.0), ("many", -3.0)):
@@ -113,7 +167,7 @@ def test_scoring_at_another_temperature_than_sampling_shows_in_the_gap(
 
 def test_a_part_that_is_not_known_is_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "everything"])
-    with pytest.raises(SystemExit, match="one of: std, batch-std, stop-token"):
+    with pytest.raises(SystemExit, match="one of: std, batch-std, group-mean"):
         ablate.run()
 
 
