@@ -55,9 +55,10 @@ SHARE_COLUMNS = {"within 5 %": "within_5_percent", "within 10 %": "within_10_per
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The shape of one held-out example, the model's answer and its reward."""
+    """The shape of one held-out example, its area, the model's answer and its reward."""
 
     shape: Shape
+    area: float
     text: str
     reward: Reward
 
@@ -105,7 +106,7 @@ def evaluate(
         for row, text in enumerate(texts[: (examples - start) * samples]):
             example = batch[row // samples]
             reward = score(text, example.area, kind=example.shape.kind, **options)
-            yield Answer(example.shape, text, reward)
+            yield Answer(example.shape, example.area, text, reward)
 
 
 # --- numbers ----------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def passes(answers: list[Answer], samples: int) -> dict[int, tuple[float, float]
 
 def groups_of(answers: list[Answer]) -> dict[str, list[Answer]]:
     """Return all answers, each class, and each third by true area, without empty groups."""
-    by_area = sorted(answers, key=lambda answer: answer.shape.area)
+    by_area = sorted(answers, key=lambda answer: answer.area)
     cuts = [len(answers) * third // 3 for third in range(4)]
     groups = {"all": answers}
     groups |= {kind: [a for a in answers if a.shape.kind == kind] for kind in KINDS}
@@ -238,11 +239,11 @@ def plot_answers(answers: list[Answer], path: Path, *, title: str) -> None:
     """Save a plot of predicted against true area, one colour per class, to `path`."""
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    limit = 1.05 * max(answer.shape.area for answer in answers)
+    limit = 1.05 * max(answer.area for answer in answers)
     axes.plot([0, limit], [0, limit], color="0.6", linewidth=1, label="exact")
     for kind in KINDS:
         read = [a for a in answers if a.shape.kind == kind and a.reward.predicted is not None]
-        true = [answer.shape.area for answer in read]
+        true = [answer.area for answer in read]
         predicted = [min(max(answer.reward.predicted, 0.0), limit) for answer in read]
         axes.scatter(true, predicted, s=14, alpha=0.7, label=f"{kind} ({len(read)})", clip_on=False)
     unread = sum(answer.reward.predicted is None for answer in answers)
@@ -448,7 +449,7 @@ def write_results(
         }
         writers = {args.json: partial(write_json, numbers), **writers}
     for answer in firsts[: args.show]:
-        print(f"{answer.shape.kind}, area {answer.shape.area:.2f}: {answer.text!r}")
+        print(f"{answer.shape.kind}, area {answer.area:.2f}: {answer.text!r}")
     print(target)
     print(f"{spec}, {args.correctness} area reward, relative errors are capped at 1")
     print(summary_table(summaries))

@@ -371,8 +371,9 @@ def token_stories(
     """Return what the update did to each token of the rollout's first group, (G, C) each.
 
     `new_logprobs` are those under the updated policy. They come from a pass of the same size as the
-    old ones did, or the rounding of bf16 would hide what a small update does. `k3` and `weights`
-    are the loss's own; without a reference, `ref_logprobs` and `k3` are left out.
+    old ones, which rounds most alike: in bf16 a small update is no larger than the rounding. `k3`
+    and `weights` are those of the first epoch's loss. Without a reference, `ref_logprobs` and `k3`
+    are left out.
     """
     weights = token_weights(rollout.completion_mask, **weight_options)
     part = next(rollout.micro_batches(pass_size.micro_batch))

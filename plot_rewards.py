@@ -163,15 +163,16 @@ def check_metrics(run: Path, keys: list[str]) -> None:
     """Raise `ValueError` for a key of which a run has no number."""
     steps = read_metrics(run)
     known = {key for step in steps for key, value in step.items() if is_number(value)}
+    known = {key for key in known - {"step", "prompts"} if key.isidentifier()}  # also a file name
     for key in keys:
         if key not in known:
-            named = ", ".join(sorted(known - {"step", "prompts"}))
-            raise ValueError(f"--metrics {key}: {run} has no such number; it has: {named}")
+            named = ", ".join(sorted(known))
+            raise ValueError(f"--metrics {key!r}: {run} has no such number; it has: {named}")
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value from a JSON file is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether a value from a JSON file is a number that a figure can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def title_of(key: str) -> tuple[str, tuple[float, float] | None]:
@@ -194,18 +195,23 @@ def change(run: Path, keys: list[str], window: int) -> str:
 # --- drawing ------------------------------------------------------------------------------
 
 
-def new_axes(title: str, ylabel: str, xlabel: str, limits: tuple[float, float] | None):
-    """Return a figure and its axes, which show the whole range, if any, with a small margin."""
+def new_axes(title: str, ylabel: str, xlabel: str):
+    """Return a figure and its axes."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    if limits:
-        margin = 0.03 * (limits[1] - limits[0])
-        axes.set_ylim(limits[0] - margin, limits[1] + margin)
     axes.set_title(title, **AS_IT_IS)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def show_range(axes, limits: tuple[float, float] | None) -> None:
+    """Show a metric's whole range, and what has been drawn outside of it, with a small margin."""
+    if limits:
+        low, high = min(limits[0], axes.dataLim.y0), max(limits[1], axes.dataLim.y1)
+        margin = 0.03 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
 
 
 def add_legend(axes) -> None:
@@ -221,14 +227,15 @@ def add_legend(axes) -> None:
 def draw_run(run: Path, key: str, path: Path, *, window: int, axis: str, ancestor: bool) -> None:
     """Write a figure of one metric in one run."""
     title, limits = title_of(key)
-    ylabel = "mean reward" if key in REWARDS else "mean of the step"
-    figure, axes = new_axes(f"{title}: {named(run).name}", ylabel, AXES[axis], limits)
+    ylabel = "mean reward" if key in REWARDS else "value of the step"
+    figure, axes = new_axes(f"{title}: {named(run).name}", ylabel, AXES[axis])
     x, y = curve(read_metrics(run), key, axis)
     axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     label = f"moving average over {window} steps"
     axes.plot(x, moving_average(y, window), color="tab:blue", linewidth=2, label=label)
     if ancestor:
         draw_ancestor(axes)
+    show_range(axes, limits)
     add_legend(axes)
     figure.savefig(path)
 
@@ -238,10 +245,11 @@ def draw_variations(
 ) -> None:
     """Write a figure that compares the moving averages of one metric in several runs."""
     title, limits = title_of(key)
-    figure, axes = new_axes(title, f"moving average over {window} steps", AXES[axis], limits)
+    figure, axes = new_axes(title, f"moving average over {window} steps", AXES[axis])
     draw_seeds(axes, runs, key, window=window, axis=axis)
     if ancestor:
         draw_ancestor(axes)
+    show_range(axes, limits)
     add_legend(axes)
     figure.savefig(path)
 
@@ -299,7 +307,10 @@ def check_options(args: argparse.Namespace, keys: list[str]) -> None:
     if args.window < 1:
         raise ValueError(f"--window {args.window}: must be at least 1")
     if args.ancestor and (args.axis != "prompts" or "area_correctness_reward" not in keys):
-        raise ValueError("--ancestor: its numbers are the area reward, by prompts")
+        raise ValueError(
+            f"--ancestor: its numbers are the area reward by prompts, not {', '.join(keys)} "
+            f"by {args.axis}"
+        )
     if args.out:
         check_folder("--out", args.out)
 

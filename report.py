@@ -26,14 +26,22 @@ from markupsafe import Markup
 from PIL import Image
 
 from harness.terminal import ignore_output_errors
-from plot_rewards import METRICS, REWARDS, PlotError, curve, moving_average, read_metrics
-from shapes import KINDS, Figure, Shape, canvas_of, check_image_size, default_style
+from plot_rewards import (
+    METRICS,
+    REWARDS,
+    PlotError,
+    curve,
+    moving_average,
+    read_metrics,
+    show_range,
+)
+from shapes import Figure, Shape, canvas_of, check_image_size, default_style
 
 TEMPLATE = Path(__file__).resolve().with_name("report.html.j2")
 WINDOW = 20  # steps in the moving average
 TEXT_LIMIT = 4_000  # characters shown of each text
 FULL_COLOR = 2.0  # the advantage at which a row's color is strongest
-FULL_SHARE = 0.99  # of the tokens change less than what gives a token the strongest color
+FULL_SHARE = 0.99  # share of the tokens that change less than one in the strongest color
 MOVED = 4  # tokens of a group that are listed because they moved most, up and down each
 BEFORE = 10  # characters shown before such a token
 CHECKS = {  # key of a completion: what the page calls it; older runs lack them
@@ -111,7 +119,7 @@ def parse_evaluation(line: dict) -> dict:
 def parse_group(line: dict, *, image_size: int) -> dict:
     """Return a line of samples.jsonl as the template needs it, with the plot as a data URL."""
     shape = Shape(**line["shape"])
-    if shape.kind not in KINDS:
+    if not isinstance(shape.kind, str):
         raise ValueError(f"no shape is a {shape.kind!r}")
     return {
         "step": int(line["step"]),
@@ -131,6 +139,8 @@ def parse_completion(completion: dict) -> dict:
     numbers = {key: known(completion[key]) for key in COLUMNS if key != "total"}
     checks = {name: completion.get(key) for key, name in CHECKS.items()}
     tokens = parse_tokens(completion["text"], completion.get("tokens"))  # none in older runs
+    if tokens:
+        tokens["ends"] = completion["truncated"] is False and not characters_cut(completion["text"])
     rewards = (numbers[key] for key in ("area_correctness", "area_format", "xml_format"))
     weights = completion.get("weights", (1, 1, 1))  # none in older runs
     total = sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
@@ -142,10 +152,10 @@ def parse_tokens(text: str, tokens: dict | None) -> dict | None:
     """Return what the page shows of a completion's tokens, one list entry each; None if unknown.
 
     `texts`, `old` log-probs, `change` of the log-probs by the update, `k3` or None without a
-    reference, and `weights`. Tokens beyond the limit of a text are left out; `ends` tells whether
-    the last one is a stop token. `total` is the change of the whole completion.
+    reference, and `weights`. Tokens beyond the limit of a text are left out. `total` is the change
+    of the whole completion.
     """
-    if tokens is None:
+    if tokens is None or not "".join(tokens["texts"]).startswith(text):
         return None
     texts = tokens["texts"]
     old, new = ([known(value) for value in tokens[key]] for key in ("old_logprobs", "new_logprobs"))
@@ -158,12 +168,10 @@ def parse_tokens(text: str, tokens: dict | None) -> dict | None:
     }
     if any(len(each) != len(texts) for each in found.values() if each is not None):
         raise ValueError("the lists about its tokens differ in length")
-    lengths = accumulate(map(len, texts))
-    shown = sum(length <= TEXT_LIMIT for length in lengths)
-    ends = shown == len(texts) > 0 and "".join(texts[:-1]) == text
-    total = math.fsum(found["change"])
-    found = {key: each if each is None else each[:shown] for key, each in found.items()}
-    return {**found, "ends": ends, "total": total}
+    total = sum(found["change"])
+    begins = accumulate(map(len, texts), initial=0)
+    shown = sum(begin < TEXT_LIMIT for begin in [*begins][:-1])
+    return {key: each and each[:shown] for key, each in found.items()} | {"total": total}
 
 
 def known(value: float | None) -> float:
@@ -188,76 +196,68 @@ def choose(groups: list[dict], steps: list[int] | None) -> list[dict]:
 
 
 def full_change(groups: list[dict]) -> float | None:
-    """Return the change of a log-prob at which a token's color is strongest: one digit.
+    """Return the change of a log-prob at which a token's color is strongest, with two digits.
 
     None if no group has tokens.
     """
     told = [row["tokens"] for group in groups for row in group["completions"] if row["tokens"]]
-    changes = sorted(abs(each) for tokens in told for each in tokens["change"] if each == each)
+    changes = [abs(each) for tokens in told for each in tokens["change"] if math.isfinite(each)]
+    changes.sort()
     if not told:
         return None
     largest = changes[math.ceil(FULL_SHARE * len(changes)) - 1] if changes else 0.0
-    return float(f"{max(largest, 1e-6):.0e}")
+    return float(f"{max(largest, 1e-6):.1e}")
 
 
 def moved_most(completions: list[dict]) -> dict[str, list[dict]]:
     """Return the tokens of a group whose log-probs the update raised and lowered most.
 
-    Each has its text, the text before it, and its probability before and after the update.
+    Each has its text, the end of the text before it, and the change. Completions that begin alike
+    share their tokens: each is listed once.
     """
-    moves = [
-        (change, tokens, place)
+    moves = {
+        ("".join(tokens["texts"][:place]), tokens["texts"][place]): change
         for tokens in (row["tokens"] for row in completions)
         if tokens
         for place, change in enumerate(tokens["change"])
         if math.isfinite(change)
-    ]
-    moves.sort(key=itemgetter(0))
-    lowered = [move for move in moves[:MOVED] if move[0] < 0]
-    raised = [move for move in moves[: -MOVED - 1 : -1] if move[0] > 0]
+    }
+    ordered = sorted(moves.items(), key=itemgetter(1))
+    lowered = [move for move in ordered[:MOVED] if move[1] < 0]
+    raised = [move for move in ordered[: -MOVED - 1 : -1] if move[1] > 0]
     return {
         name: [
-            {
-                "text": tokens["texts"][place],
-                "before": "".join(tokens["texts"][max(0, place - BEFORE) : place])[-BEFORE:],
-                "old": probability(tokens["old"][place]),
-                "new": probability(tokens["old"][place] + change),
-            }
-            for change, tokens, place in chosen
+            {"before": before[-BEFORE:], "text": text, "change": change}
+            for (before, text), change in chosen
         ]
         for name, chosen in (("raised most", raised), ("lowered most", lowered))
     }
 
 
 def compact(completions: list[dict]) -> list[dict | None]:
-    """Return a group's tokens for the page's script: short keys, three digits, equal weights once.
+    """Return a group's tokens for the page's script: short keys, few digits, equal weights once.
 
     >>> tokens = {"texts": ["a"], "old": [-0.25], "change": [1 / 3], "k3": None, "weights": [0.5]}
     >>> compact([{"tokens": {**tokens, "ends": False}}])
-    [{'t': ['a'], 'p': [0.779], 'c': [0.333], 'k': None, 'w': 0.5, 'ends': False}]
+    [{'t': ['a'], 'l': [-0.25], 'c': [0.333], 'k': None, 'w': 0.5, 'ends': False}]
     """
     return [
         tokens
         and {
             "t": tokens["texts"],
-            "p": [three_digits(probability(each)) for each in tokens["old"]],
-            "c": [three_digits(each) for each in tokens["change"]],
-            "k": tokens["k3"] and [three_digits(each) for each in tokens["k3"]],
-            "w": equal_once([three_digits(each) for each in tokens["weights"]]),
+            "l": [short(each, ".4g") for each in tokens["old"]],
+            "c": [short(each) for each in tokens["change"]],
+            "k": tokens["k3"] and [short(each) for each in tokens["k3"]],
+            "w": equal_once([short(each) for each in tokens["weights"]]),
             "ends": tokens["ends"],
         }
         for tokens in (row["tokens"] for row in completions)
     ]
 
 
-def probability(logprob: float) -> float:
-    """Return the probability of a log-prob, at most 1: rounding may leave one above 0."""
-    return math.exp(min(0.0, logprob))
-
-
-def three_digits(value: float) -> float | None:
-    """Return the value with three significant digits, or None if it is not finite."""
-    return float(f"{value:.3g}") if math.isfinite(value) else None
+def short(value: float, form: str = ".3g") -> float | None:
+    """Return the value with few significant digits, or None if it is not finite."""
+    return float(f"{value:{form}}") if math.isfinite(value) else None
 
 
 def equal_once(values: list) -> list | float | None:
@@ -290,9 +290,7 @@ def curve_figure(key: str, steps: list[dict], evaluations: list[dict]) -> Figure
     axes.plot(x, y, color=LINE, alpha=0.4, linewidth=1)
     axes.plot(x, moving_average(y, WINDOW), color=LINE, linewidth=2)
     axes.plot(*curve(evaluations, key, "steps"), "o", color=DOT, markersize=4)
-    if limits:
-        margin = 0.05 * (limits[1] - limits[0])
-        axes.set_ylim(limits[0] - margin, limits[1] + margin)
+    show_range(axes, limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(colors=INK, labelsize=7.5, length=0)
     axes.grid(color=INK, alpha=0.2, linewidth=0.5)
@@ -407,7 +405,7 @@ def content(run: Path, steps: list[int] | None) -> dict:
         },
         "full_color": FULL_COLOR,
         "full_change": full_change(groups),
-        "kinds": KINDS,
+        "kinds": sorted({group["kind"] for group in groups}),
         "least": sum(limits[0] for _, limits in REWARDS.values()),
         "most": sum(limits[1] for _, limits in REWARDS.values()),
         "columns": COLUMNS,

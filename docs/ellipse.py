@@ -2,9 +2,9 @@
 
     python docs/ellipse.py --preset tiny --name ellipse
 
-All flags are those of main.py; keep --workers at 0, because the shape is added in this process. In
-shapes.py and rewards.py themselves, the same takes four small changes: a name in KINDS, a case each
-in `Shape.area` and `corners`, and a word in CLASS_WORDS.
+All flags are those of main.py. Keep --workers at 0, because the shape is added in this process, and
+do not resume such a run with main.py. In shapes.py and rewards.py themselves, the same takes four
+small changes: a name in KINDS, a case each in `Shape.area` and `corners`, a word in CLASS_WORDS.
 """
 
 import math

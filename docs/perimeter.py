@@ -1,16 +1,20 @@
 """A task of your own, worked out: GRPO on the perimeter of a shape instead of its area.
 
-    python docs/perimeter.py --preset tiny --name perimeter
+    python docs/perimeter.py --min-size 5 --max-size 35     # trains, with all flags of main.py
+    python docs/perimeter.py evaluate runs/RUN              # with all flags of evaluate.py
 
-All flags are those of main.py; keep --workers at 0, because the task is set in this process. A task
-is three functions, which main.py and evaluate.py call by these names:
+A task is three functions, which main.py and evaluate.py call by these names:
 
-    make_example    what the model sees, and the number that is right: an image, `area`, `shape`
+    make_example    what the model sees, and the right number: an image, `area`, `shape`
     make_prompt     what it is asked
     score           what a completion earns: `total`, and what the logs show of it
 
 This file replaces the first two. The third stays: it compares the answer with the right number,
-whatever that is, and checks the words and the format.
+whatever that is, and checks the words and the format. Keep --workers at 0, because the task is set
+in this process, and do not resume such a run with main.py.
+
+The bundled model learns nothing here: it has only ever answered with areas, which are so far from
+the perimeters that they all earn the same. GRPO makes likelier what is sampled at times.
 """
 
 import math
@@ -48,7 +52,7 @@ class PerimeterExample(shapes.Example):
 
 
 def make_example(spec: shapes.ShapeSpec, **options) -> PerimeterExample:
-    """Return the same plot as `shapes.make_example`, with the other question."""
+    """Return the same plot as `shapes.make_example`, with the other right answer."""
     example = shapes.make_example(spec, **options)
     return PerimeterExample(example.image, example.shape, example.index)
 
@@ -60,11 +64,14 @@ def make_prompt(reasoning_tag: str = "reasoning") -> str:
 
 
 def use_task() -> None:
-    """Replace the task in the trainer and in its held-out evaluation, in this process."""
+    """Replace the task in the trainer and in the held-out evaluation, in this process."""
     for module in (main, evaluate):
         module.make_example, module.make_prompt = make_example, make_prompt
 
 
 if __name__ == "__main__":
     use_task()
-    main.main()
+    if sys.argv[1:2] == ["evaluate"]:
+        evaluate.main(sys.argv[2:])
+    else:
+        main.main()

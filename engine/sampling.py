@@ -28,6 +28,7 @@ from engine.prompts import Prompts, embed_prompts
 
 COMPILED = "torch.compile of the decoder layers"
 CAPTURED = "a CUDA graph of the decode step"
+MAX_CHARACTER_TOKENS = 4  # UTF-8 has at most four bytes
 FINISHED_CHECK_EVERY = 8  # tokens; on a GPU the host waits for each check of the finished rows
 LAYER_INPUTS = signature(Qwen2_5_VLDecoderLayer.forward).parameters
 CACHE = "cache" if "cache" in LAYER_INPUTS else "past_key_values"  # renamed in transformers 5.24
@@ -391,13 +392,24 @@ def completion_texts(processor, completions: Completions, stops: list[int]) -> l
 def token_texts(processor, ids: Tensor, lengths: list[int]) -> list[list[str]]:
     """Return the text of each token of the rows (B, C), with the stop token.
 
-    A token that is only a part of a character reads as U+FFFD.
+    A character of several tokens is the text of its last one; the others have none.
     """
-    decode = processor.tokenizer.decode
-    return [
-        [decode([token]) for token in row[:length]]
-        for row, length in zip(ids.tolist(), lengths, strict=True)  # host sync
-    ]
+    rows = zip(ids.tolist(), lengths, strict=True)  # host sync
+    return [split_text(processor.tokenizer, row[:length]) for row, length in rows]
+
+
+def split_text(tokenizer, row: list[int]) -> list[str]:
+    """Return the text of each token. They join to the text of the row."""
+    texts, begun = [], []
+    for token in row:
+        begun.append(token)
+        text = tokenizer.decode(begun)
+        is_part = text.endswith("\N{REPLACEMENT CHARACTER}") and len(begun) < MAX_CHARACTER_TOKENS
+        texts.append("" if is_part else text)
+        begun = begun if is_part else []
+    if begun:  # the row ends within a character
+        texts[-1] = tokenizer.decode(begun)
+    return texts
 
 
 def stop_ids(model) -> list[int]:

@@ -47,7 +47,8 @@ def with_batch_std(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def with_the_others_as_baseline(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a `group_advantages` that subtracts the mean of the other rewards of the group.
 
-    RLOO: Ahmadian et al. 2024, Back to Basics, arXiv:2402.14740.
+    RLOO: Ahmadian et al. 2024, Back to Basics, arXiv:2402.14740. It is G / (G - 1) times what is
+    left without the division by the std.
     """
 
     def advantages(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
@@ -60,10 +61,12 @@ def with_the_others_as_baseline(_: Callable[..., Tensor]) -> Callable[..., Tenso
 def with_one_ratio_per_completion(grpo_loss: Callable) -> Callable:
     """Return a `grpo_loss` whose ratio is the geometric mean of a completion's token ratios.
 
-    GSPO: Zheng et al. 2025, arXiv:2507.18071. Run it with --beta 0: the KL term would see the mean.
+    GSPO: Zheng et al. 2025, arXiv:2507.18071.
     """
 
     def loss(logprobs: Tensor, rollout: grpo.Rollout, weights: Tensor, **options):
+        if options["beta"] > 0:
+            sys.exit("ablate.py gspo: needs --beta 0: the KL term would be that of the mean ratio")
         old = logprobs.detach() if rollout.old_logprobs is None else rollout.old_logprobs
         mask = rollout.completion_mask
         mean = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
@@ -140,13 +143,13 @@ def with_log_sizes(_: Callable) -> Callable[..., tuple[float, float]]:
 ABLATIONS = {  # name: module, function to replace, maker of its replacement
     "std": (grpo, "group_advantages", without_std),
     "batch-std": (grpo, "group_advantages", with_batch_std),
-    "group-mean": (grpo, "group_advantages", with_the_others_as_baseline),
-    "token-ratio": (grpo, "grpo_loss", with_one_ratio_per_completion),
+    "rloo": (grpo, "group_advantages", with_the_others_as_baseline),
+    "gspo": (grpo, "grpo_loss", with_one_ratio_per_completion),
     "stop-token": (grpo, "token_weights", without_stop_token),
     "scored-temperature": (grpo, "completion_logprobs", without_temperature),
     "kahan": (main, "make_optimizer", without_kahan),
     "unfounded-answers": (main, "score", only_if_it_follows),
-    "fixed-pay": (main, "score", paid_by_length),
+    "paid-by-length": (main, "score", paid_by_length),
     "uniform-sizes": (shapes, "sample_size", with_log_sizes),
 }
 

@@ -76,7 +76,11 @@ WIDE_COLUMNS = (
     ("greedy", "relative_error_median"),
 )
 PARTS = ("whole units", "half units", "reading", "formula", "arithmetic", "format")
-WORDS = re.compile(r"(rectangle|circle|square|triangle), \w+ ([\d.]+)(?:, height ([\d.]+))?")
+NUMBER = r"(\d+(?:\.\d+)?)"
+WORDS = (  # of the bundled model: class and dimensions
+    rf"(circle|square), (?:diameter|side) {NUMBER}",
+    rf"(rectangle|triangle), (?:width|base) {NUMBER}, height {NUMBER}",
+)
 FACTORS = {"rectangle": 1.0, "circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
 
 
@@ -136,11 +140,11 @@ def measured(values: dict[str, list[float]], key: str, baseline: dict | None = N
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def made_by(names: list[str]) -> dict:
+def made_by(names: list[str], seeds: tuple[int, ...]) -> dict:
     """Return the provenance of an entry: this command, and the command and commit of each run."""
     runs = {}
     trained = [name for name in names if name != "before"]
-    for path in [RUNS / f"{name}-seed{seed}" for name in trained for seed in SEEDS]:
+    for path in [RUNS / f"{name}-seed{seed}" for name in trained for seed in seeds]:
         described = read_description(path)
         runs[path.name] = {key: described[key] for key in ("command", "git_commit")}
     return {**provenance("cpu"), "runs": runs}
@@ -254,9 +258,10 @@ def parts_of(answer: dict) -> list[float]:
     factor, sides = FACTORS[shape["kind"]], (shape["width"], shape["height"])
     reasoning = reasoning_of(answer["text"])
     areas = [factor * math.prod(step * round(side / step) for side in sides) for step in (1, 0.5)]
-    words = WORDS.search(reasoning)
-    if words:
-        areas.append(FACTORS[words[1]] * float(words[2]) * float(words[3] or words[2]))
+    for words in filter(None, (re.search(pattern, reasoning) for pattern in WORDS)):
+        kind, *written = words.groups()
+        areas.append(FACTORS[kind] * float(written[0]) * float(written[-1]))
+        break
     else:
         areas.append(areas[-1])
     calculations = [each.value for each in values_in(reasoning) if each.is_calculation]
@@ -390,7 +395,7 @@ def main() -> None:
     find, tabulate, draw = ENTRIES[name]
     try:
         numbers = find()
-        made = made_by(list(numbers))
+        made = made_by(list(numbers), SEEDS[:1] if name == "samples" else SEEDS)
     except (FileNotFoundError, PlotError, RunError) as error:
         again = f"rm -f experiments/results/{name}.txt; experiments/reproduce.sh {name}"
         sys.exit(f"figures.py: {error}; what makes it: {again}")

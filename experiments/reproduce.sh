@@ -79,9 +79,13 @@ pictures() { keep pictures python shapes.py --out docs/img; }
 
 foreseen() { keep foreseen sh -c 'python main.py --dry-run || [ $? = 2 ]'; } # 2: does not fit
 
-tasks() {
+models_of_tasks() {
   local task
   for task in base rotated wide; do models $task before $task; done
+}
+
+tasks() {
+  models_of_tasks
   cp held-out/base-seed0-on-base-at-0.png $results/evaluation.png
   python plot_rewards.py runs/base-seed0 --out $results
   python report.py runs/base-seed0
@@ -90,10 +94,14 @@ tasks() {
   keep tasks python experiments/figures.py tasks
 }
 
-split() { keep split python experiments/figures.py split; } # of the answers that tasks made
+split() {
+  models_of_tasks
+  keep split python experiments/figures.py split
+}
 
 samples() {
   local name model
+  train base 0 | side_by_side
   for name in before base; do
     model=tiny
     [ $name = before ] || model=runs/$name-seed0

@@ -113,6 +113,7 @@ def group_sample(
                 "text": group.texts[row],
                 **dataclasses.asdict(group.rewards[row]),
                 "advantage": advantage,
+                "truncated": bool(group.truncated[row]),  # host sync
                 "tokens": {"texts": tokens[row], **told},
             }
         )
@@ -126,8 +127,8 @@ def group_sample(
 
 
 def in_fp32(values: list[float]) -> list[float]:
-    """Return the values with the seven digits that fp32 has."""
-    return [float(f"{value:.7g}") for value in values]
+    """Return the values with the nine digits that tell any two numbers in fp32 apart."""
+    return [float(f"{value:.9g}") for value in values]
 
 
 def peak_memory() -> int:

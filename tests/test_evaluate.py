@@ -29,7 +29,7 @@ from shapes import Shape
 
 def answered(text: str, *, side: float = 20.0, kind: str = "square") -> Answer:
     shape = Shape(kind, side, side, (25, 25), (), (0, 0, 0))
-    return Answer(shape, text, score(text, shape.area, kind=kind))
+    return Answer(shape, shape.area, text, score(text, shape.area, kind=kind))
 
 
 def xml(number: str) -> str:
@@ -149,7 +149,7 @@ def test_the_command(tmp_path, capsys):
     evaluate.main([TINY, *flags, "--json", str(write_results), "--plot", str(picture)])
     numbers = json.loads(write_results.read_text())
     assert numbers["summaries"]["all"]["examples"] == len(numbers["answers"]) == 6
-    assert {"shape", "text", "reward"} == numbers["answers"][0].keys()
+    assert {"shape", "area", "text", "reward"} == numbers["answers"][0].keys()
     assert "max_rotation=45.0" in capsys.readouterr().out
     assert Image.open(picture).size == (720, 720)
 

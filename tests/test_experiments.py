@@ -53,11 +53,11 @@ def test_with_the_std_of_the_batch_groups_keep_their_size_beside_each_other(take
     torch.testing.assert_close(advantages * scale, torch.tensor([[-1.0, 1], [0, 0], [-4, 4]]))
 
 
-def test_without_the_group_mean_the_baseline_is_the_mean_of_the_others(take_out):
+def test_of_rloo_the_baseline_is_the_mean_of_the_others(take_out):
     """RLOO by hand: 1 against (2 + 6) / 2, and so on: G / (G - 1) times the centered reward."""
     rewards = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
     centered = grpo.group_advantages(rewards, divide_by_std=False)
-    take_out("group-mean")
+    take_out("rloo")
     advantages = grpo.group_advantages(rewards, divide_by_std=True)
     assert advantages.tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(advantages, 3 / 2 * centered)
@@ -80,12 +80,12 @@ def loss_of(logprobs: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
     return grpo.grpo_loss(logprobs, rollout, weights, **LOSS_OPTIONS)[0]
 
 
-def test_without_token_ratios_a_completion_has_their_geometric_mean(take_out):
+def test_of_gspo_a_completion_has_the_geometric_mean_of_its_ratios(take_out):
     """GSPO by hand: ratios 1.1 and 1.3 make sqrt(1.43) = 1.196, which is not clipped at 1.2."""
     logprobs = torch.log(torch.tensor([[1.1, 1.3, 9.0], [1.0, 1.0, 1.0]]))
     old = torch.zeros(2, 3)
     assert loss_of(logprobs, old).item() == pytest.approx(-(1.1 + 1.2) / 4 + 1 / 2)
-    take_out("token-ratio")
+    take_out("gspo")
     assert loss_of(logprobs, old).item() == pytest.approx(-(1.43**0.5) / 2 + 1 / 2)
 
 
@@ -95,15 +95,22 @@ def test_while_a_rollout_is_used_once_both_ratios_have_the_same_gradient(take_ou
         logprobs = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -3.0, -1.0]], requires_grad=True)
         loss_of(logprobs, None).backward()
         gradients.append(logprobs.grad)
-        take_out("token-ratio")
+        take_out("gspo")
     torch.testing.assert_close(*gradients)
     torch.testing.assert_close(gradients[0], torch.tensor([[-1 / 4, -1 / 4, 0], [1 / 6] * 3]))
 
 
-def test_without_fixed_pay_a_longer_answer_earns_more(take_out):
+def test_gspo_refuses_a_kl_term(take_out):
+    take_out("gspo")
+    rollout = SimpleNamespace(old_logprobs=None)
+    with pytest.raises(SystemExit, match="needs --beta 0"):
+        grpo.grpo_loss(torch.zeros(2, 3), rollout, None, **{**LOSS_OPTIONS, "beta": 0.05})
+
+
+def test_paid_by_length_a_longer_answer_earns_more(take_out):
     text = "<reasoning>20 * 20</reasoning><answer>400.00</answer>"
     assert main.score(text, 400.0).area_correctness == 3.0
-    take_out("fixed-pay")
+    take_out("paid-by-length")
     assert main.score(text, 400.0).area_correctness == pytest.approx(3.0 + 0.02 * len(text))
 
 
@@ -167,7 +174,7 @@ def test_scoring_at_another_temperature_than_sampling_shows_in_the_gap(
 
 def test_a_part_that_is_not_known_is_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "everything"])
-    with pytest.raises(SystemExit, match="one of: std, batch-std, group-mean"):
+    with pytest.raises(SystemExit, match="one of: std, batch-std, rloo"):
         ablate.run()
 
 
@@ -236,7 +243,7 @@ def an_entry(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     made = {"command": "figures.py x", "git_commit": "0"}
-    monkeypatch.setattr(figures, "made_by", lambda names: made)
+    monkeypatch.setattr(figures, "made_by", lambda names, seeds: made)
     monkeypatch.setitem(figures.ENTRIES, "x", (lambda: {"a": 1.0}, str, fail))
     monkeypatch.setattr("sys.argv", ["figures.py", "x"])
     return tmp_path
@@ -313,7 +320,11 @@ def test_what_is_compared_is_what_reproduce_sh_makes():
     text = (ROOT / "experiments" / "reproduce.sh").read_text()
     (seeds,) = re.findall(r'^seeds="(.*)"$', text, re.M)
     assert tuple(map(int, seeds.split())) == figures.SEEDS
-    for entry, runs in (("tasks", figures.TASKS), ("rate", figures.RATE), ("wide", figures.WIDE)):
+    compared = {
+        "models_of_tasks": figures.TASKS.keys(),
+        "rate": figures.RATE.values(),
+        "wide": figures.WIDE.values(),
+    }
+    for entry, names in compared.items():
         (body,) = re.findall(rf"^{entry}\(\) {{(.*?)^}}", text, re.S | re.M)
-        names = runs.keys() if entry == "tasks" else runs.values()
         assert set(names) <= set(re.findall(r"[\w-]+", body)) & commands().keys()

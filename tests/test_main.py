@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import operator
 import os
 import re
 import subprocess
@@ -55,6 +56,33 @@ def test_every_option_is_read():
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "pick":
             read |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     assert {option.name for option in dataclasses.fields(Config)} - read == set()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--inner-epochs", "2"],
+        ["--lora-rank", "2"],
+        ["--beta", "0", "--loss", "dapo"],
+        ["--dtype", "bfloat16"],
+        ["--prompts-per-step", "3", "--micro-batch", "2"],
+    ],
+)
+def test_the_sample_tells_how_the_update_moved_each_token(tmp_path, flags):
+    options = ["--steps", "1", "--eval-every", "0", "--lr", "1e-2", "--warmup-steps", "0"]
+    run = run_main(tmp_path, *options, *flags, "--name", "my_ü")
+    (sample,) = read_lines(run / "samples.jsonl")
+    told = {"texts", "sampled_logprobs", "old_logprobs", "new_logprobs", "weights"}
+    if "--beta" not in flags:
+        told |= {"ref_logprobs", "k3"}
+    for completion in sample["completions"]:
+        tokens = completion["tokens"]
+        assert tokens.keys() == told
+        assert {len(values) for values in tokens.values()} == {len(tokens["texts"])}
+        assert "".join(tokens["texts"]).startswith(completion["text"])
+        assert tokens["new_logprobs"] != tokens["old_logprobs"]
+        gap = max(map(operator.sub, tokens["sampled_logprobs"], tokens["old_logprobs"]), key=abs)
+        assert abs(gap) < (0.2 if "bfloat16" in flags else 1e-3)
 
 
 def test_a_step_lets_go_of_what_it_has_seen():

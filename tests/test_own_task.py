@@ -1,16 +1,18 @@
 """docs/perimeter.py and docs/ellipse.py: the tasks are what they say, and main.py trains them."""
 
 import doctest
+import json
 import math
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, config_of
 from test_main import SMALL
 
 import evaluate
 import main
+import report
 import rewards
 import shapes
 from harness.runlog import read_lines
@@ -80,6 +82,25 @@ def test_a_run_is_rewarded_for_perimeters(undone, tmp_path):
     assert (before["steps_done"], after["steps_done"]) == (0, 1)
 
 
+def test_a_perimeter_earns_all_and_an_area_nothing(undone):
+    perimeter.use_task()
+    example = main.make_example(ShapeSpec(), seed=0, split="train", index=0)
+    config = config_of("--preset", "tiny")
+    for number, reward in ((example.area, 3.0), (example.shape.area, -3.0)):
+        text = f"<reasoning>?</reasoning><answer>{number:.2f}</answer>"
+        found = main.judge(config, [example], text, 0).area_correctness
+        assert found == pytest.approx(reward, abs=0.01)
+
+
+def test_the_held_out_evaluation_asks_for_perimeters_too(undone, tmp_path, monkeypatch):
+    perimeter.use_task()
+    flags = ["--examples", "4", "--image-size", "84", "--max-new-tokens", "4", "--show", "0"]
+    files = ["--plot", str(tmp_path / "e.png"), "--json", str(tmp_path / "e.json")]
+    evaluate.main([TINY, *flags, *files])
+    for answer in json.loads((tmp_path / "e.json").read_text())["answers"]:
+        assert answer["area"] == pytest.approx(perimeter.perimeter(Shape(**answer["shape"])))
+
+
 def test_an_ellipse_has_the_area_of_its_pixels(undone):
     ellipse.add_ellipses()
     examples = [
@@ -106,6 +127,8 @@ def test_a_run_has_ellipses_too(undone, tmp_path):
         for index in range(200)
     ]
     assert kinds.count("ellipse") == pytest.approx(40, abs=15)
-    metrics, _ = first_step(tmp_path, "--eval-every", "0")
+    metrics, sample = first_step(tmp_path, "--eval-every", "0")
     assert metrics["step"] == 0
+    assert sample["shape"]["kind"] == "ellipse"
+    report.main([str(tmp_path / "run")])
     assert rewards.names_shape("an ellipse", "ellipse")

@@ -66,18 +66,20 @@ def test_several_runs_give_one_figure(run, tmp_path):
 
 
 def test_other_metrics_are_drawn_on_request(run, tmp_path, capsys):
-    tail = '{"step": 30, "prompts": 124, "kl": 0.5, "lr": 3e-5, "not_finite": "", "flag": true}\n'
+    others = {"kl": 0.5, "lr": 3e-5, "not_finite": "", "flag": True, "loss": 10**400, "../x": 1}
+    tail = json.dumps({"step": 30, "prompts": 124, **others}) + "\n"
     one, other = run("a", tail=tail), run("b", tail=tail)
     plot_rewards.main([str(one), "--metrics", "kl,lr,kl"])
     assert {path.name for path in one.glob("*.png")} == {"kl.png", "lr.png"}
     assert "kl nan -> 0.5, lr nan -> 3e-05" in capsys.readouterr().out
     plot_rewards.main([str(one), str(other), "--metrics", "kl", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.glob("*.png")] == ["kl_variations.png"]
-    for wrong in ("loss", "not_finite", "flag", "", "kl,"):
+    for wrong in ("loss", "not_finite", "flag", "", "kl,", "step", "../x"):
         with pytest.raises(SystemExit):
             plot_rewards.main([str(one), "--metrics", wrong])
         told = capsys.readouterr().err
-        assert f"{one} has no such number; it has: area_correctness_reward, " in told
+        key = wrong.split(",")[-1]
+        assert f"--metrics {key!r}: {one} has no such number; it has: area_corr" in told
 
 
 def test_the_ancestor_is_dots_in_the_figure_of_the_area_only(run, tmp_path, drawn, capsys):
@@ -89,7 +91,16 @@ def test_the_ancestor_is_dots_in_the_figure_of_the_area_only(run, tmp_path, draw
     for flags in (["--axis", "steps"], ["--metrics", "area_format_reward"]):
         with pytest.raises(SystemExit):
             plot_rewards.main([str(folder), "--ancestor", *flags])
-        assert "--ancestor: its numbers are the area reward, by prompts" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "--ancestor: its numbers are the area reward by prompts, not area_" in told
+
+
+def test_values_beyond_a_reward_s_range_are_in_the_figure(run, drawn):
+    folder = run("base", tail='{"step": 30, "prompts": 124, "area_correctness_reward": 7.5}\n')
+    plot_rewards.main([str(folder), "--window", "1"])
+    low, high = drawn[0].get_ylim()
+    assert low < -3 and high > 7.5
+    assert drawn[1].get_ylim()[1] == pytest.approx(0.5, abs=0.2)
 
 
 def test_seeds_are_averaged_step_by_step_as_far_as_all_of_them_go(tmp_path):
@@ -105,7 +116,7 @@ def test_seeds_are_averaged_step_by_step_as_far_as_all_of_them_go(tmp_path):
 
 
 def test_the_band_goes_from_the_lowest_seed_to_the_highest(run):
-    _, axes = plot_rewards.new_axes("", "", "", (0, 1))
+    _, axes = plot_rewards.new_axes("", "", "")
     runs = [run("a-seed0"), run("a-seed1", steps=20), run("b")]
     key = "area_correctness_reward"
     (runs[1] / "metrics.jsonl").write_text(

@@ -43,6 +43,7 @@ def completion(text: str = "<answer>1.00</answer>", **values) -> dict:
     values = {"area_correctness": 1.25, "area_format": 0.5, "xml_format": 0.0, **values}
     return {
         "text": text,
+        "truncated": False,
         **{"predicted": 300.0, "relative_error": 0.291, "advantage": 0.5, **values},
     }
 
@@ -296,7 +297,7 @@ def test_the_script_gets_what_samples_jsonl_tells_of_each_token(make_run):
     assert nothing is None
     assert told == {
         "t": ["a", "b", "<|im_end|>"],
-        "p": [0.607, 0.368, 0.905],  # exp(-0.5), exp(-1), exp(-0.1)
+        "l": [-0.5, -1.0, -0.1],
         "c": [0.25, -1.0, 0.0],
         "k": [0.01, 0.0, 0.02],
         "w": 0.25,
@@ -307,42 +308,38 @@ def test_the_script_gets_what_samples_jsonl_tells_of_each_token(make_run):
 def test_without_a_reference_there_is_no_kl_and_weights_may_differ(make_run):
     told = tokens(weights=[0.25, 0.25, 0.0], new_logprobs=[None, -2.0, -0.1])
     del told["k3"], told["ref_logprobs"]
-    page = page_of(make_run(sample(0, completion("ab<|im_end|>", tokens=told))))
+    row = completion("ab<|im_end|>", tokens=told, truncated=True)
+    page = page_of(make_run(sample(0, row)))
     (data,) = [json.loads(text) for text in page.text_of("script") if text[0] == "["]
     assert (data[0]["k"], data[0]["w"], data[0]["c"]) == (
         None,
         [0.25, 0.25, 0.0],
         [None, -1.0, 0.0],
     )
-    assert not data[0]["ends"]  # the text has it too: the limit cut the completion off
+    assert not data[0]["ends"]
 
 
-def test_the_tokens_of_a_group_that_moved_most_are_listed(make_run):
-    rows = [
-        completion("ab", tokens=tokens()),
-        completion("ab", tokens=tokens(texts=["c", "d", "e"], new_logprobs=[-0.45, -1.0, -0.2])),
-    ]
-    page = page_of(make_run(sample(0, *rows)))
-    words = [text.split("→") for text in page.text_of("span") if "→" in text]
-    assert [[float(each) for each in pair] for pair in words] == [
-        [0.607, 0.779],  # a: exp(-0.5) to exp(-0.25)
-        [0.607, 0.638],  # c: to exp(-0.45)
-        [0.368, 0.135],  # b, behind "a"
-        [0.905, 0.819],  # e, behind "cd"
-    ]
+def test_the_tokens_of_a_group_that_moved_most_are_listed_once(make_run):
+    other = tokens(texts=["c", "d", "e"], new_logprobs=[-0.45, -1.0, -0.2])
+    rows = [completion("ab", tokens=tokens()), completion("cd", tokens=other)]
+    page = page_of(make_run(sample(0, *rows, *rows)))
     moved = [attributes.get("class") for tag, attributes in page.elements if tag == "b"][-4:]
     assert moved == ["above", "above", "below", "below"]
-    assert page.text_of("code") == ["", "", "a", "cd"]
+    assert page.text_of("b")[-4:] == ["a +0.25", "c +0.05", "b −1", "e −0.1"]  # noqa: RUF001
+    assert page.text_of("code") == ["", "", "a", "cd"]  # the text before each
+    items = [report.moved_most(report.parse_group(sample(0, *rows), image_size=28)["completions"])]
+    changes = [token["change"] for tokens in items[0].values() for token in tokens]
+    assert changes == pytest.approx([0.25, 0.05, -1.0, -0.1])
     assert page.text_of("small")[-2:] == [
-        "log-prob of the whole: −0.750",  # noqa: RUF001
-        "log-prob of the whole: −0.050",  # noqa: RUF001
+        "log-prob of the whole changed by\n−0.75",  # noqa: RUF001
+        "log-prob of the whole changed by\n−0.05",  # noqa: RUF001
     ]
 
 
 def test_the_strongest_color_is_that_of_the_largest_hundredth():
     changes = [i / 100 for i in range(100)]
     group = {"completions": [{"tokens": {"change": [*changes, float("nan")]}}, {"tokens": None}]}
-    assert report.full_change([group]) == 1.0  # 0.98, as one digit
+    assert report.full_change([group]) == 0.98
     assert report.full_change([{"completions": [{"tokens": None}]}]) is None
     assert report.full_change([{"completions": [{"tokens": {"change": [0.0]}}]}]) == 1e-6
 
@@ -354,8 +351,34 @@ def test_tokens_beyond_the_limit_of_a_text_are_left_out(make_run):
     page = page_of(make_run(sample(0, row)))
     (data,) = [json.loads(text) for text in page.text_of("script") if text[0] == "["]
     assert [len(text) for text in data[0]["t"]] == [1_000] * 4
-    assert len(data[0]["p"]) == len(data[0]["c"]) == 4
+    assert len(data[0]["l"]) == len(data[0]["c"]) == 4
+    assert not data[0]["ends"]
     assert page.text_of("em") == ["… 1,000 more characters"]
+
+
+def test_what_is_not_known_of_a_token_stays_unknown(make_run):
+    """A run that diverged has null for what was not finite."""
+    told = tokens(old_logprobs=[None, -1.0, -0.1], k3=[None, 0.0, 0.0], weights=[None] * 3)
+    page = page_of(make_run(sample(0, completion("ab", tokens=told))))
+    (data,) = [json.loads(text) for text in page.text_of("script") if text[0] == "["]
+    assert (data[0]["l"][0], data[0]["c"][0], data[0]["k"][0], data[0]["w"]) == (None,) * 4
+
+
+def test_tokens_that_do_not_make_the_text_are_not_shown(make_run):
+    page = page_of(make_run(sample(0, completion("another text", tokens=tokens()))))
+    assert page.text_of("span") == ["another text"]
+    assert [text for text in page.text_of("script") if text[0] == "["] == []
+
+
+def test_a_shape_of_ones_own_is_drawn_and_can_be_chosen(make_run):
+    corners = [[10, 10], [30, 10], [35, 30], [20, 40]]
+    own = {**sample(0)["shape"], "kind": "kite <b>", "vertices": corners}
+    page = page_of(make_run({**sample(0), "shape": own}))
+    assert page.text_of("option") == ["all", "kite <b>"]
+    assert page.all("section")[0]["data-kind"] == "kite <b>"
+    picture = base64.b64decode(page.all("img")[0]["src"].removeprefix("data:image/png;base64,"))
+    expected = canvas_of(224).draw(report.Shape(**own))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(picture))), expected)
 
 
 def test_a_run_without_tokens_has_no_switch(make_run):
@@ -513,7 +536,7 @@ def with_tokens(**lists) -> str:
         ("samples.jsonl", with_({}) + "not json\n", "line 2 is damaged"),
         ("samples.jsonl", "[]\n", "line 1 is damaged"),
         ("samples.jsonl", '{"step": 0, "kind": "square"}\n', "line 1 has no 'shape'"),
-        ("samples.jsonl", with_({"kind": "<star>"}), "no shape is a '<star>'"),
+        ("samples.jsonl", with_({"kind": 5}), "no shape is a 5"),
         ("samples.jsonl", with_({"vertices": "many"}), "line 1 is damaged"),
         ("samples.jsonl", with_({"kind": "circle", "center": []}), "line 1 is damaged"),
         ("samples.jsonl", with_({"shape": {"sides": 4}}), "line 1 is damaged"),

@@ -15,7 +15,14 @@ from engine import fastpath, sampling
 from engine.fastpath import relative_difference
 from engine.loading import use_own_attention
 from engine.prompts import Prompts
-from engine.sampling import Completions, Sampler, call_layer, completion_texts, make_generator
+from engine.sampling import (
+    Completions,
+    Sampler,
+    call_layer,
+    completion_texts,
+    make_generator,
+    split_text,
+)
 
 PAD = 0
 
@@ -531,3 +538,17 @@ def test_texts_are_what_was_sampled_without_the_stop_token(model, processor, pro
     first, second = completion_texts(processor, completions, [2, 0])
     assert first == "<answer>12.50</answer><|image_pad|>"
     assert second == first + processor.tokenizer.decode([7])
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_token_texts_join_to_the_text_also_where_a_character_has_several_tokens(processor, cut):
+    tokenizer = processor.tokenizer
+    text = "<reasoning>20² ≈ 400 \N{GRINNING FACE}\n面積 ½ <answer>1.00 🟦"
+    row = tokenizer.encode(text)
+    assert len(row) > len(tokenizer.encode("<reasoning>20 400\n <answer>1.00"))
+    row = row[: len(row) - cut]  # the limit may cut a character
+    texts = split_text(tokenizer, row)
+    assert len(texts) == len(row)
+    assert "".join(texts) == tokenizer.decode(row)
+    assert any(each == "" for each in texts)
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(texts[:-4])

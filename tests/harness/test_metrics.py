@@ -63,6 +63,7 @@ def test_a_sample_is_an_example_with_its_group_token_by_token():
         rewards=[Reward(3.0, 0.5, 0.0, 400.0, 0.0), Reward(-3.0, 0.0, 0.5, None, 1.0)],
         advantages=torch.tensor([[0.5, -0.5]]),
         lengths=[1, 2],
+        truncated=torch.tensor([False, True]),
     )
     stories = {"new_logprobs": torch.tensor([[-0.1, 7.0], [-1 / 3, -0.2]])}
     sample = group_sample(9, example, group, [["a"], ["b", "c"]], stories)
@@ -71,8 +72,9 @@ def test_a_sample_is_an_example_with_its_group_token_by_token():
     first, second = sample["completions"]
     assert (first["text"], first["advantage"], first["predicted"]) == ("a", 0.5, 400.0)
     assert (second["text"], second["advantage"], second["xml_format"]) == ("bc", -0.5, 0.5)
-    assert first["tokens"] == {"texts": ["a"], "new_logprobs": [-0.1]}  # not the padding
-    assert second["tokens"] == {"texts": ["b", "c"], "new_logprobs": [-0.3333333, -0.2]}
+    assert (first["truncated"], second["truncated"]) == (False, True)
+    assert first["tokens"] == {"texts": ["a"], "new_logprobs": [-0.100000001]}  # not the padding
+    assert second["tokens"] == {"texts": ["b", "c"], "new_logprobs": [-0.333333343, -0.200000003]}
 
 
 def test_what_cannot_be_judged_is_left_out_of_the_share():
