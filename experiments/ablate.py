@@ -116,11 +116,11 @@ def only_if_it_follows(score: Callable[..., Reward]) -> Callable[..., Reward]:
 
 
 def paid_by_length(score: Callable[..., Reward]) -> Callable[..., Reward]:
-    """Return a `score` that adds 0.02 per character to the area reward: it can be cheated."""
+    """Return a `score` that adds 0.05 per character to the area reward: it can be cheated."""
 
     def generous(text: str, *arguments, **options) -> Reward:
         reward = score(text, *arguments, **options)
-        return replace(reward, area_correctness=reward.area_correctness + 0.02 * len(text))
+        return replace(reward, area_correctness=reward.area_correctness + 0.05 * len(text))
 
     return generous
 

@@ -5,10 +5,11 @@ python experiments/figures.py split          # where the rest of the error is
 python experiments/figures.py samples        # what more samples of a plot hold
 python experiments/figures.py rate           # a rate that is too high, and what helps
 python experiments/figures.py wide           # what helps on the wide size range
+python experiments/figures.py exercises      # the numbers of docs/exercises.md
 
 Reads run NAME-seedN from runs/, and its answers from
 held-out/NAME-seedN-on-TASK-at-TEMPERATURE.json, as `evaluate.py --json` writes them; reproduce.sh
-makes both. Prints the tables as they are in docs/results.md. Writes a figure to results/, and a
+makes both. Prints the tables as they are in docs/. Writes a figure to results/, and a
 JSON file with the numbers and the commands and commits that made them.
 """
 
@@ -24,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from harness.runlog import RunError, provenance, read_description
 from harness.terminal import ignore_output_errors, write_file
-from plot_rewards import ANCESTOR, PlotError, averages
+from plot_rewards import ANCESTOR, PlotError, averages, read_metrics
 from rewards import reasoning_of, relative_error, values_in
 from shapes import Figure
 
@@ -75,6 +76,30 @@ WIDE_COLUMNS = (
     ("greedy", "error_of_small"),
     ("greedy", "relative_error_median"),
 )
+EXERCISES = {
+    "the run to compare with": "ex",
+    "1: groups of two": "ex-pairs",
+    "2: not divided by the std": "ex-no-std",
+    "3: only the area pays": "ex-area",
+    "4: RLOO": "ex-rloo",
+    "5: GRPO, 4 epochs": "ex-epochs",
+    "5: GSPO, 4 epochs": "ex-gspo",
+    "6: paid by length": "ex-length",
+    "7: five times the rate": "ex-fast",
+    "7: and no area unless the answer follows": "ex-fast-follows",
+    "9: a fifth are ellipses": "ex-ellipse",
+    "10: perimeters": "ex-perimeter",
+}
+EXERCISE_COLUMNS = {  # key of metrics.jsonl: heading, factor, format
+    "area_correctness_reward": ("area", 1, ".2f"),
+    "area_format_reward": ("decimals", 1, ".2f"),
+    "xml_format_reward": ("XML", 1, ".2f"),
+    "completion_length_mean": ("tokens", 1, ".1f"),
+    "answer_follows": ("answer follows, %", 100, ".0f"),
+    "no_spread_share": ("no spread, %", 100, ".0f"),
+    "clip_fraction": ("clipped, %", 100, ".2f"),
+    "grad_norm": ("gradient norm", 1, ".2f"),
+}
 PARTS = ("whole units", "half units", "reading", "formula", "arithmetic", "format")
 NUMBER = r"(\d+(?:\.\d+)?)"
 WORDS = (  # of the bundled model: class and dimensions
@@ -367,6 +392,38 @@ def wide_figure(numbers: dict) -> Figure:
     return figure
 
 
+# --- exercises ---------------------------------------------------------------------------------
+
+
+def exercises_numbers() -> dict:
+    """Return the means over the last WINDOW steps of seed 0's run, by run and key."""
+    return {
+        name: {
+            key: statistics.fmean(known_values(RUNS / f"{name}-seed0", key))
+            for key in EXERCISE_COLUMNS
+        }
+        for name in EXERCISES.values()
+    }
+
+
+def known_values(run: Path, key: str) -> list[float]:
+    """Return a metric's values in the last WINDOW steps of a run; [nan] if there is none."""
+    values = [step.get(key) for step in read_metrics(run)[-WINDOW:]]
+    return [value for value in values if value is not None] or [math.nan]
+
+
+def exercises_table(numbers: dict) -> str:
+    """Return the table of the exercises' runs."""
+    rows = {
+        label: [
+            f"{factor * numbers[name][key]:{form}}".replace("-", "\N{MINUS SIGN}")
+            for key, (_, factor, form) in EXERCISE_COLUMNS.items()
+        ]
+        for label, name in EXERCISES.items()
+    }
+    return markdown(["", *(heading for heading, _, _ in EXERCISE_COLUMNS.values())], rows)
+
+
 # --- command ----------------------------------------------------------------------------
 
 ENTRIES = {  # name: makers of the numbers, the table and, for some, the figure
@@ -383,7 +440,9 @@ ENTRIES = {  # name: makers of the numbers, the table and, for some, the figure
         partial(compared_table, runs=WIDE, columns=WIDE_COLUMNS),
         wide_figure,
     ),
+    "exercises": (exercises_numbers, exercises_table, None),
 }
+ONE_SEED = ("samples", "exercises")  # entries of seed 0 alone
 
 
 def main() -> None:
@@ -395,7 +454,7 @@ def main() -> None:
     find, tabulate, draw = ENTRIES[name]
     try:
         numbers = find()
-        made = made_by(list(numbers), SEEDS[:1] if name == "samples" else SEEDS)
+        made = made_by(list(numbers), SEEDS[:1] if name in ONE_SEED else SEEDS)
     except (FileNotFoundError, PlotError, RunError) as error:
         again = f"rm -f experiments/results/{name}.txt; experiments/reproduce.sh {name}"
         sys.exit(f"figures.py: {error}; what makes it: {again}")

@@ -22,7 +22,20 @@ wide-log        experiments/ablate.py uniform-sizes WIDE
 wide-batch-std  experiments/ablate.py batch-std WIDE
 wide-no-std     experiments/ablate.py std WIDE
 wide-2x32       main.py WIDE --prompts-per-step 2 --group-size 32
+ex               main.py SHORT
+ex-pairs         main.py SHORT --group-size 2 --prompts-per-step 32 --micro-batch 32
+ex-no-std        experiments/ablate.py std SHORT
+ex-area          main.py SHORT --reward-weights 1,0,0
+ex-rloo          experiments/ablate.py rloo SHORT
+ex-epochs        main.py SHORT --beta 0 --inner-epochs 4
+ex-gspo          experiments/ablate.py gspo SHORT --beta 0 --inner-epochs 4
+ex-length        experiments/ablate.py paid-by-length SHORT
+ex-fast          main.py SHORT FAST
+ex-fast-follows  experiments/ablate.py unfounded-answers SHORT FAST
+ex-ellipse       docs/ellipse.py SHORT
+ex-perimeter     docs/perimeter.py SHORT
 "
+runs=${runs//SHORT/--steps 100}
 runs=${runs//WIDE/--min-size 5 --max-size 35}
 runs=${runs//FAST/--lr 1.5e-4}
 declare -A tasks=(
@@ -122,6 +135,15 @@ wide() {
   keep wide python experiments/figures.py wide
 }
 
+exercises() {
+  local name
+  for name in ex ex-pairs ex-no-std ex-area ex-rloo ex-epochs ex-gspo ex-length ex-fast \
+    ex-fast-follows ex-ellipse ex-perimeter; do
+    train $name 0
+  done | side_by_side
+  keep exercises python experiments/figures.py exercises
+}
+
 faults() { keep faults python benchmarks/faults.py --seed 1; }
 
 speed() {
@@ -129,7 +151,7 @@ speed() {
   keep speed sh -ec "cd benchmarks; python step.py; python memory.py; python growth.py"
 }
 
-entries="pictures foreseen tasks split samples rate wide faults speed"
+entries="pictures foreseen tasks split samples rate wide exercises faults speed"
 for entry in ${*:-$entries}; do
   if [[ " $entries " != *" $entry "* ]]; then
     echo "reproduce.sh: $entry: must be one of: $entries" >&2

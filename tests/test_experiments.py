@@ -111,7 +111,7 @@ def test_paid_by_length_a_longer_answer_earns_more(take_out):
     text = "<reasoning>20 * 20</reasoning><answer>400.00</answer>"
     assert main.score(text, 400.0).area_correctness == 3.0
     take_out("paid-by-length")
-    assert main.score(text, 400.0).area_correctness == pytest.approx(3.0 + 0.02 * len(text))
+    assert main.score(text, 400.0).area_correctness == pytest.approx(3.0 + 0.05 * len(text))
 
 
 def test_an_answer_that_does_not_follow_earns_no_area(take_out):
@@ -185,7 +185,8 @@ def test_a_part_that_is_not_known_is_refused(monkeypatch):
 def test_the_tables_in_the_docs_are_those_of_the_results(name):
     found = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
     _, tabulate, _ = figures.ENTRIES[name]
-    assert tabulate(found["numbers"]) in (ROOT / "docs" / "results.md").read_text()
+    page = "exercises" if name == "exercises" else "results"
+    assert tabulate(found["numbers"]) in (ROOT / "docs" / f"{page}.md").read_text()
     commits = {run["git_commit"] for run in [found["made_by"], *found["made_by"]["runs"].values()]}
     assert not any(commit.endswith("+changes") for commit in commits)
 
@@ -312,7 +313,7 @@ def test_each_run_of_reproduce_sh_has_flags_that_are_accepted():
         if program == "experiments/ablate.py":
             assert flags.pop(0) in ablate.ABLATIONS
         else:
-            assert program == "main.py"
+            assert program in ("main.py", "docs/ellipse.py", "docs/perimeter.py")
         config_of("--preset", "tiny", *flags)
 
 
@@ -324,6 +325,7 @@ def test_what_is_compared_is_what_reproduce_sh_makes():
         "models_of_tasks": figures.TASKS.keys(),
         "rate": figures.RATE.values(),
         "wide": figures.WIDE.values(),
+        "exercises": figures.EXERCISES.values(),
     }
     for entry, names in compared.items():
         (body,) = re.findall(rf"^{entry}\(\) {{(.*?)^}}", text, re.S | re.M)
