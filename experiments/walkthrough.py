@@ -21,8 +21,8 @@ import main as trainer
 from config import make_config, make_parser
 from engine.loading import load
 from engine.passes import PassSize
-from engine.scoring import completion_logprobs
-from grpo import Rollout, k3_kl, token_weights
+from engine.sampling import token_texts
+from grpo import Rollout, k3_kl, token_stories
 from harness.terminal import ignore_output_errors
 from shapes import Example
 
@@ -37,8 +37,8 @@ class Step:
     example: Example
     rollout: Rollout
     tokens: list[list[str]]  # the text of each token, row by row
-    weights: Tensor  # (B, C)
     metrics: dict
+    weights: Tensor  # (B, C)
     after: Tensor  # (B, C) log-probs under the updated policy
 
 
@@ -46,6 +46,7 @@ def take_step(*flags: str) -> Step:
     """Return the first step of a run with FLAGS and these, with the log-probs after its update."""
     config = make_config(make_parser().parse_args([*FLAGS.split(), *flags]))
     loaded = load(config.model, device=config.device, dtype=config.dtype, reference=True)
+    pass_size = PassSize(micro_batch=1, checkpoint_layers=0)
     (example,), rollout, metrics = trainer.take_step(
         config,
         0,
@@ -53,18 +54,14 @@ def take_step(*flags: str) -> Step:
         trainer.make_sampler(config, loaded),
         loaded,
         trainer.make_optimizer(config, loaded.policy),
-        PassSize(micro_batch=1, checkpoint_layers=0),
+        pass_size,
     )
-    options = config.pick("loss", "max_new_tokens")
-    with torch.no_grad():
-        after, _ = completion_logprobs(
-            loaded.policy, rollout.prompts, rollout.completion_ids, rollout.lengths, temperature=1.0
-        )
-    decode = loaded.processor.tokenizer.decode
-    rows = zip(rollout.completion_ids.tolist(), rollout.lengths, strict=True)
-    tokens = [[decode([token]) for token in row[:length]] for row, length in rows]
-    weights = token_weights(rollout.completion_mask, **options)
-    return Step(example, rollout, tokens, weights, metrics, after)
+    options = config.pick("temperature", "loss", "max_new_tokens")
+    stories = token_stories(loaded.policy, rollout, pass_size=pass_size, **options)
+    tokens = token_texts(loaded.processor, rollout.completion_ids, rollout.lengths)
+    return Step(
+        example, rollout, tokens, metrics, weights=stories["weights"], after=stories["new_logprobs"]
+    )
 
 
 # --- the blocks of the page -----------------------------------------------------------------
