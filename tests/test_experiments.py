@@ -181,12 +181,18 @@ def test_a_part_that_is_not_known_is_refused(monkeypatch):
 # --- figures and reproduce.sh -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", figures.ENTRIES)
+PENDING = {"samples", "rate", "wide", "exercises"}  # entries that nobody has made yet
+
+
+def test_what_is_pending_has_no_results():
+    assert not [name for name in PENDING if (figures.RESULTS / f"{name}.json").exists()]
+
+
+@pytest.mark.parametrize("name", sorted(figures.ENTRIES.keys() - PENDING))
 def test_the_tables_in_the_docs_are_those_of_the_results(name):
     found = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
     _, tabulate, _ = figures.ENTRIES[name]
-    page = "exercises" if name == "exercises" else "results"
-    assert tabulate(found["numbers"]) in (ROOT / "docs" / f"{page}.md").read_text()
+    assert tabulate(found["numbers"]) in (ROOT / "docs" / "results.md").read_text()
     commits = {run["git_commit"] for run in [found["made_by"], *found["made_by"]["runs"].values()]}
     assert not any(commit.endswith("+changes") for commit in commits)
 
@@ -200,9 +206,9 @@ def test_a_summary_has_one_value_per_seed_and_counts_different_answers(tmp_path,
         text = json.dumps({**found, "answers": answers})
         (tmp_path / f"x-seed{seed}-on-wide-at-1.json").write_text(text)
     found = figures.summaries("x", "wide", "sampled")
-    assert found["shape_named"] == [0.0, 0.01, 0.02, 0.03, 0.04]
-    assert found["error_of_small"] == [0.5] * 5
-    assert found["different_answers"] == [2] * 5
+    assert found["shape_named"] == [0.0, 0.01, 0.02]
+    assert found["error_of_small"] == [0.5] * 3
+    assert found["different_answers"] == [2] * 3
 
 
 def test_a_difference_is_that_of_paired_seeds():

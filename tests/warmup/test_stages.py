@@ -103,21 +103,27 @@ def test_the_target_of_calculating(monkeypatch, right, met):
 GOOD = {"shape_named": 0.97, "answer_follows": 0.98, "relative_error_mean": 0.04, "strict_xml": 0.9}
 
 
+BETTER = {"shape_named": 0.99, "answer_follows": 0.995, "relative_error_mean": 0.02}
+
+
 @pytest.mark.parametrize(
-    ("worse", "met"),
+    ("worse", "better", "met"),
     [
-        ({}, True),
-        ({"shape_named": 0.96}, False),
-        ({"shape_named": None}, False),
-        ({"answer_follows": 0.97}, False),
-        ({"relative_error_mean": 0.05}, False),
+        ({}, {}, True),
+        ({"shape_named": 0.96, "answer_follows": 0.97, "relative_error_mean": 0.05}, BETTER, True),
+        ({"shape_named": 0.96}, {}, False),
+        ({"shape_named": None}, {}, False),
+        ({"answer_follows": 0.97}, {}, False),
+        ({"relative_error_mean": 0.05}, {}, False),
     ],
 )
-def test_the_target_of_speaking_holds_for_every_tag_and_task(monkeypatch, worse, met):
-    """The last of the four is the one that may be worse."""
+def test_the_target_of_speaking_holds_for_all_tags_and_tasks_together(
+    monkeypatch, worse, better, met
+):
+    """The last of the four may be worse, and the first may make up for it."""
     loaded = new_model(0)
     lessons = lessons_of(loaded.processor, *FEW)
-    found = iter([GOOD, GOOD, GOOD, {**GOOD, **worse}])
+    found = iter([{**GOOD, **better}, GOOD, GOOD, {**GOOD, **worse}])
     asked = []
     monkeypatch.setattr(
         stages,
