@@ -27,7 +27,7 @@ from harness.terminal import ignore_output_errors
 from shapes import Example
 
 FLAGS = "--preset tiny --prompts-per-step 1 --group-size 4 --device cpu --dtype float32"
-TOKENS = ((1, "3"), (1, "0"), (2, "7"), (2, " square"), (3, "<answer"))  # row, text
+TOKENS = ((1, "3"), (1, "7"), (2, " square"), (3, "6"), (3, "<answer"))  # row, text
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,12 @@ def loss_block(step: Step) -> str:
     parts = (-step.weights * step.rollout.advantages.view(-1, 1)).sum(1).tolist()
     lines = [f"{number}  {part:+.4f}" for number, part in enumerate(parts, start=1)]
     norm = step.metrics["grad_norm"]
+    clipped = "scaled down to 1" if norm > 1 else "below the limit of 1"
     return "\n".join(
         [
             *lines,
             f"sum {abs(step.metrics['loss']):.4f}",
-            f"gradient norm {norm:.2f}, scaled down to 1; learning rate {step.metrics['lr']:.1e}",
+            f"gradient norm {norm:.2f}, {clipped}; learning rate {step.metrics['lr']:.1e}",
         ]
     )
 
@@ -147,8 +148,9 @@ def rate_block(step: Step, hasty: Step) -> str:
 
 
 def find(step: Step, row: int, text: str) -> tuple[int, int]:
-    """Return row and column of the last token with this text."""
-    return row, max(i for i, token in enumerate(step.tokens[row]) if token == text)
+    """Return row and column of the token with this text that was least likely when sampled."""
+    places = [i for i, token in enumerate(step.tokens[row]) if token == text]
+    return row, min(places, key=lambda i: step.rollout.sampled_logprobs[row, i])
 
 
 def probability(logprob: float | Tensor) -> float:
