@@ -101,6 +101,9 @@ class Config:
     # optimizer
     lr: float = option(2e-6, "learning rate after warm-up", above=0, most=1)
     warmup_steps: int = option(20, "steps of linear warm-up", least=0)
+    decay_steps: int = option(
+        0, "last steps, in which the learning rate falls linearly; 0: it stays", least=0
+    )
     adam_beta1: float = option(0.9, "decay of AdamW's first moment", least=0, most=0.9999)
     adam_beta2: float = option(0.99, "decay of AdamW's second moment", least=0, most=0.9999)
     weight_decay: float = option(
@@ -346,6 +349,11 @@ def saved_config(run: Path) -> Config:
 
 def check_same_run(saved: Config, given: dict) -> None:
     """Raise `ValueError` for a flag that would change what a resumed run computes."""
+    if saved.decay_steps and given.get("steps", saved.steps) != saved.steps:
+        raise ValueError(
+            f"--steps {given['steps']}: the run has {saved.steps}, and with --decay-steps its "
+            "learning rate depends on them"
+        )
     options = dataclasses.fields(Config)
     free = [option_field.name for option_field in options if option_field.metadata["free"]]
     for name, value in given.items():

@@ -173,8 +173,10 @@ def make_optimizer(config: Config, policy) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Return the rate of a step (from 0): linear warm-up, never zero, then constant."""
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    """Return the rate of a step (from 0), never zero: linear warm-up, constant, linear decay."""
+    warmup = (step + 1) / max(1, config.warmup_steps)
+    decay = (config.steps - step) / max(1, config.decay_steps)
+    return config.lr * min(1.0, warmup, decay)
 
 
 def make_sampler(config: Config, loaded: Loaded) -> Sampler:

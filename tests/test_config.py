@@ -7,7 +7,7 @@ import pytest
 from conftest import config_of
 
 import main
-from config import PRESETS, Config, make_parser
+from config import PRESETS, Config, check_same_run, make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,3 +117,11 @@ def test_bad_input_is_one_line(flags, told, capsys, tmp_path):
     assert told in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_whose_rate_decays_keeps_its_steps():
+    saved = Config(steps=5, decay_steps=2)
+    with pytest.raises(ValueError, match="--steps 7: the run has 5, and with --decay-steps"):
+        check_same_run(saved, {"steps": 7})
+    check_same_run(saved, {"steps": 5})
+    check_same_run(Config(steps=5), {"steps": 7})

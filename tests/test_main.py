@@ -115,6 +115,12 @@ def test_the_learning_rate_warms_up_from_the_first_step():
     assert learning_rate(config_of("--lr", "1.0", "--warmup-steps", "0"), 0) == 1.0
 
 
+def test_the_learning_rate_decays_over_the_last_steps():
+    flags = ["--lr", "1.0", "--warmup-steps", "2", "--steps", "6", "--decay-steps", "4"]
+    rates = [learning_rate(config_of(*flags), step) for step in range(6)]
+    assert rates == [0.5, 1, 1, 0.75, 0.5, 0.25]
+
+
 def test_each_step_has_its_own_examples(processor):
     config = config_of("--preset", "tiny", "--prompts-per-step", "3")
     batches = [main.make_batch(config, processor, 0, step) for step in range(2)]
