@@ -6,16 +6,20 @@ import importlib
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import config
 import main
+from shapes import ShapeSpec, sample_shape
 
-sys.path += [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
+sys.path += [str(ROOT / "experiments"), str(ROOT / "benchmarks"), str(ROOT / "docs")]
 import figures
+import perimeter
 import walkthrough
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/RESULTS.md"]
@@ -230,6 +234,23 @@ def test_the_functions_of_the_algorithm_stand_where_the_walkthrough_says():
     for name, file in rows:
         nodes = ast.walk(ast.parse((ROOT / file).read_text()))
         assert set(name.split(".")) <= {getattr(node, "name", None) for node in nodes}
+
+
+def test_the_code_of_the_exercises_is_that_of_the_runs():
+    page = (ROOT / "docs/exercises.md").read_text()
+    source = (ROOT / "experiments/ablate.py").read_text()
+    blocks = re.findall(r"^```python\n(.*?)\n```$", page, re.S | re.M)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert textwrap.indent(block, 8 * " ") in source
+        assert len(block.splitlines()) <= 10
+
+
+def test_on_the_exercise_s_sizes_an_area_is_never_near_a_perimeter():
+    spec = ShapeSpec()
+    for index in range(1000):
+        shape = sample_shape(spec, np.random.default_rng([0, 0, index]))
+        assert shape.area > 3 * perimeter.perimeter(shape)
 
 
 def test_every_metric_is_in_the_glossary(step):
