@@ -104,8 +104,9 @@ def group_sample(
     completion; `stories` are those of `grpo.token_stories`.
     """
     numbers = {name: values.tolist() for name, values in stories.items()}  # host sync
+    advantages, truncated = group.advantages[0].tolist(), group.truncated.tolist()  # host sync
     completions = []
-    for row, advantage in enumerate(group.advantages[0].tolist()):
+    for row, advantage in enumerate(advantages):
         length = group.lengths[row]
         told = {name: in_fp32(values[row][:length]) for name, values in numbers.items()}
         completions.append(
@@ -113,7 +114,7 @@ def group_sample(
                 "text": group.texts[row],
                 **dataclasses.asdict(group.rewards[row]),
                 "advantage": advantage,
-                "truncated": bool(group.truncated[row]),  # host sync
+                "truncated": truncated[row],
                 "tokens": {"texts": tokens[row], **told},
             }
         )

@@ -18,13 +18,15 @@ from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not DRIVER, reason="needs Chromium and its driver")
 _ = make_run  # a fixture
+BROWSER_FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking")
+BROWSER_FLAGS += ("disable-dev-shm-usage",)  # in a container that folder may be small
 TRANSPARENT = "rgba(0, 0, 0, 0)"
 
 
 @pytest.fixture(scope="module")
 def browser():
     options = selenium.ChromeOptions()
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
+    for flag in BROWSER_FLAGS:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
