@@ -162,12 +162,16 @@ def served_answers(model, folder: Path, count: int) -> list[str]:
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", "2", "--merge"]], ids=["final", "merged"])
 def test_what_is_saved_decodes_as_it_was_measured(base, tmp_path, flags):
-    """The published repetition penalty would change nearly every answer."""
+    """A repetition penalty of the base would change the answers; the published one is 1.05."""
+    published = json.loads((base / "generation_config.json").read_text())
+    assert published["repetition_penalty"] == 1.05  # too little for this model to mind
+    penalty = {"repetition_penalty": 2.0}
+    (base / "generation_config.json").write_text(json.dumps({**published, **penalty}))
     final = train(base, *flags) / "final"
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(final).eval()
     measured = greedy_answers(final, tmp_path, 6)
     assert served_answers(model, final, 6) == measured
-    model.generation_config.repetition_penalty = 1.05
+    model.generation_config.repetition_penalty = 2.0
     assert served_answers(model, final, 6) != measured
 
 

@@ -543,7 +543,7 @@ def test_memory_that_runs_out_once_and_again(tmp_path, monkeypatch):
     scoring, calls = grpo.completion_logprobs, count(1)
 
     def failing(*arguments, **options):
-        if next(calls) in (4, 12):  # the policy's pass in step 2, and a later one
+        if next(calls) in (5, 15):  # of the policy in step 2, of the reference in step 4
             raise torch.OutOfMemoryError("CUDA out of memory")
         return scoring(*arguments, **options)
 
