@@ -101,9 +101,6 @@ tasks() {
   models_of_tasks
   cp held-out/base-seed0-on-base-at-0.png $results/evaluation.png
   python plot_rewards.py runs/base-seed0 --out $results
-  python report.py runs/base-seed0
-  ! command -v chromium > /dev/null || chromium --headless --no-sandbox --window-size=1200,1240 \
-    --screenshot=docs/img/report.png "file://$PWD/runs/base-seed0/report.html" 2> /dev/null
   keep tasks python experiments/figures.py tasks
 }
 
