@@ -18,6 +18,7 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -206,11 +207,11 @@ def draw_named(axes, names: dict[str, str], key: str) -> None:
 # --- tasks: before and after -------------------------------------------------
 
 
-def tasks_numbers() -> dict:
-    """Return what the columns show, by task, by model (before or after) and by way to answer."""
+def by_task(measure: Callable[[str, str, str], dict]) -> dict:
+    """Return `measure(name, task, how)` by task, by model (before or after) and way to answer."""
     return {
         task: {
-            when: {how: summaries(name, task, how) for how in TEMPERATURES}
+            when: {how: measure(name, task, how) for how in TEMPERATURES}
             for when, name in (("before", "before"), ("after", task))
         }
         for task in TASKS
@@ -248,17 +249,6 @@ def tasks_figure(_: dict) -> Figure:
 
 
 # --- split: where the rest of the error is -------------------------------------------------
-
-
-def split_numbers() -> dict:
-    """Return the mean relative errors up to each of PARTS, one per seed, as `tasks_numbers`."""
-    return {
-        task: {
-            when: {how: parts_per_seed(name, task, how) for how in TEMPERATURES}
-            for when, name in (("before", "before"), ("after", task))
-        }
-        for task in TASKS
-    }
 
 
 def parts_per_seed(name: str, task: str, how: str) -> dict[str, list[float]]:
@@ -427,8 +417,8 @@ def exercises_table(numbers: dict) -> str:
 # --- command ----------------------------------------------------------------------------
 
 ENTRIES = {  # name: makers of the numbers, the table and, for some, the figure
-    "tasks": (tasks_numbers, tasks_table, tasks_figure),
-    "split": (split_numbers, split_table, None),
+    "tasks": (partial(by_task, summaries), tasks_table, tasks_figure),
+    "split": (partial(by_task, parts_per_seed), split_table, None),
     "samples": (samples_numbers, samples_table, samples_figure),
     "rate": (
         partial(compared, "base", RATE),
