@@ -1,7 +1,7 @@
 """A task of your own, worked out: GRPO on the perimeter of a shape instead of its area.
 
-    python docs/perimeter.py --min-size 5 --max-size 35     # trains, with all flags of main.py
-    python docs/perimeter.py evaluate runs/RUN              # with all flags of evaluate.py
+    python docs/perimeter.py --workers 0            # trains, with all flags of main.py
+    python docs/perimeter.py evaluate runs/RUN      # with all flags of evaluate.py
 
 A task is three functions, which main.py and evaluate.py call by these names:
 

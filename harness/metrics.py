@@ -108,7 +108,7 @@ def group_sample(
     completions = []
     for row, advantage in enumerate(advantages):
         length = group.lengths[row]
-        told = {name: in_fp32(values[row][:length]) for name, values in numbers.items()}
+        told = {name: nine_digits(values[row][:length]) for name, values in numbers.items()}
         completions.append(
             {
                 "text": group.texts[row],
@@ -127,7 +127,7 @@ def group_sample(
     }
 
 
-def in_fp32(values: list[float]) -> list[float]:
+def nine_digits(values: list[float]) -> list[float]:
     """Return the values with the nine digits that tell any two numbers in fp32 apart."""
     return [float(f"{value:.9g}") for value in values]
 
