@@ -49,7 +49,7 @@ STEPS = {  # of a round, by stage: of a new model, and of one that exists
     "stumble": (400, 0),
 }
 ROUNDS = 3  # of a stage of a new model, at most, until it meets its target
-FLAWS = {"sloppy": 0.45, "mistakes": 0.4, "misread": 0.35}
+FLAWS = {"sloppy": 0.45, "mistakes": 0.4, "misread": 0.15}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Make tables and figures over several runs, from their folders and their models' held-out answers.
 
-python experiments/figures.py tasks          # two tasks, before and after: README's table too
+python experiments/figures.py tasks          # three tasks, before and after: README's table too
 python experiments/figures.py split          # where the rest of the error is
 python experiments/figures.py samples        # what more samples of a plot hold
 python experiments/figures.py rate           # a rate that is too high, and what helps
@@ -32,11 +32,11 @@ from shapes import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, HELD_OUT, RESULTS = ROOT / "runs", ROOT / "held-out", ROOT / "experiments" / "results"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 TEMPERATURES = {"greedy": 0, "sampled": 1}
 WINDOW = 20  # steps per mean
-TASKS = {"base": "sizes 20 to 35", "wide": "sizes 5 to 35"}
+TASKS = {"base": "sizes 20 to 35", "rotated": "turned by up to 45°", "wide": "sizes 5 to 35"}
 MEASURES = {  # key of a summary: heading, factor, decimals
     "area_correctness_reward": ("area reward", 1, 2),
     "relative_error_median": ("median error, %", 100, 1),
@@ -50,10 +50,10 @@ MEASURES = {  # key of a summary: heading, factor, decimals
 }
 COLUMNS = [key for key in MEASURES if key not in ("relative_error_mean", "error_of_small")]
 RATE = {  # row: run; the first is what the others are compared with
-    "3e-5, the preset's": "base",
-    "1.5e-4": "fast",
-    "1.5e-4, `--beta 0.5`": "fast-kl",
-    "1.5e-4, no area without a calculation that gives it": "fast-follows",
+    "8e-5, the preset's": "base",
+    "4e-4": "fast",
+    "4e-4, `--beta 0.5`": "fast-kl",
+    "4e-4, no area without a calculation that gives it": "fast-follows",
 }
 RATE_COLUMNS = (
     ("sampled", "area_correctness_reward"),
@@ -68,7 +68,7 @@ WIDE = {
     "log-uniform sizes": "wide-log",
     "divided by the batch's std": "wide-batch-std",
     "not divided by a std": "wide-no-std",
-    "2 plots of 32 completions": "wide-2x32",
+    "4 plots of 32 completions": "wide-4x32",
 }
 WIDE_COLUMNS = (
     ("sampled", "area_correctness_reward"),

@@ -21,9 +21,9 @@ fast-follows    experiments/ablate.py unfounded-answers FAST
 wide-log        experiments/ablate.py uniform-sizes WIDE
 wide-batch-std  experiments/ablate.py batch-std WIDE
 wide-no-std     experiments/ablate.py std WIDE
-wide-2x32       main.py WIDE --prompts-per-step 2 --group-size 32
+wide-4x32       main.py WIDE --prompts-per-step 4 --group-size 32
 ex               main.py SHORT
-ex-pairs         main.py SHORT --group-size 2 --prompts-per-step 32 --micro-batch 32
+ex-pairs         main.py SHORT --group-size 2 --prompts-per-step 64 --micro-batch 64
 ex-no-std        experiments/ablate.py std SHORT
 ex-area          main.py SHORT --reward-weights 1,0,0
 ex-rloo          experiments/ablate.py rloo SHORT
@@ -35,9 +35,9 @@ ex-fast-follows  experiments/ablate.py unfounded-answers SHORT FAST
 ex-ellipse       docs/ellipse.py SHORT
 ex-perimeter     docs/perimeter.py SHORT
 "
-runs=${runs//SHORT/--steps 100}
+runs=${runs//SHORT/--steps 60}
 runs=${runs//WIDE/--min-size 5 --max-size 35}
-runs=${runs//FAST/--lr 1.5e-4}
+runs=${runs//FAST/--lr 4e-4}
 declare -A tasks=(
   [base]="--min-size 20 --max-size 35 --no-rotate"
   [rotated]="--min-size 20 --max-size 35 --rotate"
@@ -73,7 +73,7 @@ keep() { # NAME COMMAND...: writes the command, the commit and the output to res
   mv $results/.partial "$results/$1.txt"
 }
 
-seeds="0 1 2"
+seeds="0 1 2 3 4"
 models() { # TASK NAME...: trains each run with all seeds, then evaluates it on the task
   local name seed temperature
   for name in "${@:2}"; do
@@ -94,7 +94,7 @@ foreseen() { keep foreseen sh -c 'python main.py --dry-run || [ $? = 2 ]'; } # 2
 
 models_of_tasks() {
   local task
-  for task in base wide; do models $task before $task; done
+  for task in base rotated wide; do models $task before $task; done
 }
 
 tasks() {
@@ -128,7 +128,7 @@ rate() {
 }
 
 wide() {
-  models wide wide wide-log wide-batch-std wide-no-std wide-2x32
+  models wide wide wide-log wide-batch-std wide-no-std wide-4x32
   keep wide python experiments/figures.py wide
 }
 

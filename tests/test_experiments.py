@@ -206,9 +206,9 @@ def test_a_summary_has_one_value_per_seed_and_counts_different_answers(tmp_path,
         text = json.dumps({**found, "answers": answers})
         (tmp_path / f"x-seed{seed}-on-wide-at-1.json").write_text(text)
     found = figures.summaries("x", "wide", "sampled")
-    assert found["shape_named"] == [0.0, 0.01, 0.02]
-    assert found["error_of_small"] == [0.5] * 3
-    assert found["different_answers"] == [2] * 3
+    assert found["shape_named"] == [0.0, 0.01, 0.02, 0.03, 0.04]
+    assert found["error_of_small"] == [0.5] * 5
+    assert found["different_answers"] == [2] * 5
 
 
 def test_a_difference_is_that_of_paired_seeds():
