@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     for flag, (name, values) in zip(flags, varied.items(), strict=True):
         parser.add_argument(flag, type=numbers, default=values, metavar="N,N,...", dest=f"{name}s")
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE")
-    add_flags(parser, Task(prompts=4, max_new_tokens=32))
+    add_flags(parser, Task(prompts=4, group_size=8, max_new_tokens=32))
     args = parser.parse_args(arguments)
     try:
         check_folder("--picture: its folder", args.picture.parent)

@@ -5,9 +5,9 @@
     python benchmarks/speedrun.py --trainers own        # only our trainer: to compare two commits
 
 All start from the same checkpoint, draw the same plots, and have the settings of `main.py --preset
-tiny`, but for its warm-up, which the peers lack. The seconds are those of the steps, without
-loading the model. The reward is the mean over the last 10 steps. Each seed runs in a process of its
-own.
+tiny`, but for the warm-up and the decay of its rate, which the peers lack. The seconds are those of
+the steps, without loading the model. The reward is the mean over the last 10 steps. Each seed runs
+in a process of its own.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trainers", default="own,naive,trl", help="default: own,naive,trl")
     parser.add_argument("--seeds", default="0,1,2", help="default: 0,1,2; --seed is ignored")
     parser.add_argument("--target", type=float, default=2.5, metavar="X", help="default: 2.5")
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="at most; default: 200")
+    parser.add_argument("--steps", type=int, default=120, metavar="N", help="at most; default: 120")
     add_flags(parser)
     args = parser.parse_args(arguments)
     names = args.trainers.split(",")

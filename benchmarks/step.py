@@ -51,7 +51,8 @@ def own_steps(task: Task, steps: int, *, fixed_length: bool = False) -> Iterator
     With `fixed_length`, no token ends a completion.
     """
     dtype = "float32" if task.device == "cpu" else "bfloat16"
-    flags = ["--preset", "tiny", "--dtype", dtype, "--steps", str(steps), "--warmup-steps", "0"]
+    flags = ["--preset", "tiny", "--dtype", dtype, "--steps", str(steps)]
+    flags += ["--warmup-steps", "0", "--decay-steps", "0"]
     names = ("model", "device", "group_size", "max_new_tokens", "image_size", "beta", "lr")
     for name in (*names, "temperature", "seed"):
         flags += ["--" + name.replace("_", "-"), str(getattr(task, name))]

@@ -27,7 +27,7 @@ from harness.terminal import ignore_output_errors
 from shapes import Example
 
 FLAGS = "--preset tiny --prompts-per-step 1 --group-size 4 --device cpu --dtype float32"
-TOKENS = ((1, "3"), (1, "7"), (2, " square"), (3, "6"), (3, "<answer"))  # row, text
+TOKENS = ((0, "2"), (1, "1"), (2, " square"), (3, "1"), (3, "<answer"))  # row, text
 
 
 @dataclass(frozen=True)
