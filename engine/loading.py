@@ -379,6 +379,9 @@ def save_files(loaded: Loaded, folder: Path) -> None:
             (folder / name).write_bytes(content)
         elif (folder / CONFIG).exists():
             (folder / CONFIG).write_bytes(with_dtype(content, loaded.policy.dtype))
+    mode = (folder / "generation_config.json").stat().st_mode
+    for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
+        weights.chmod(mode)
 
 
 def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:

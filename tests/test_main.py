@@ -40,6 +40,8 @@ SMALL = [
     "2",
     "--eval-examples",
     "2",
+    "--decay-steps",
+    "0",
 ]
 
 
@@ -200,7 +202,7 @@ def test_a_whole_run(tmp_path):
     assert all(line["ratio"] == 1.0 for line in metrics)
     assert all(line["sampler_gap_max"] < 1e-3 for line in metrics)
     assert all(-3 <= line["area_correctness_reward"] <= 3 for line in metrics)
-    assert [line["lr"] for line in metrics] == pytest.approx([3e-6, 6e-6, 9e-6])
+    assert [line["lr"] for line in metrics] == pytest.approx([8e-6, 16e-6, 24e-6])
     assert [e["steps_done"] for e in read_lines(run / "evaluations.jsonl")] == [0, 2, 3]
     samples = read_lines(run / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0, 2]
@@ -238,6 +240,14 @@ def check_what_servers_read(final: Path) -> None:
     assert {path.name for path in final.iterdir()} == names | {"state.json"}
     texts = [path.read_text() for path in final.glob("*.json")]
     assert not any(IMPLEMENTATION in text for text in texts)
+    check_readable_as_any_new_file(final)
+
+
+def check_readable_as_any_new_file(folder: Path) -> None:
+    """Assert that no file, in folders below too, is kept from others who may read the rest."""
+    (folder / "new").touch()
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert modes == {(folder / "new").stat().st_mode}
 
 
 def test_final_gives_the_logits_of_the_trained_policy(tmp_path, processor):

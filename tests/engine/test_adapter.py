@@ -23,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_faults import faults, refused, tree
 from test_grpo import OPTIONS, collect
-from test_main import SMALL
+from test_main import SMALL, check_readable_as_any_new_file
 from test_sampling import both_kinds, make_sampler, stock_generate
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -232,6 +232,7 @@ def test_final_is_an_adapter_for_stock_peft_or_the_model_with_it(tmp_path, proce
     run(tmp_path / "merged", "--steps", "2", "--merge")
     final, merged = tmp_path / "adapter" / "final", tmp_path / "merged" / "final"
     assert tree(merged / "adapter").keys()
+    check_readable_as_any_new_file(merged)
     assert not (final / "model.safetensors").exists()
     assert (final / "adapter_model.safetensors").read_bytes() == (
         merged / "adapter" / "adapter_model.safetensors"

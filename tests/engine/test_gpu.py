@@ -33,7 +33,7 @@ from warmup.answers import Flaws
 from warmup.lessons import Lessons
 
 FLAGS = "--preset tiny --device cuda --steps 1 --prompts-per-step 2 --group-size 2 --image-size 56"
-FLAGS += " --max-new-tokens 20 --eval-every 0 --save-every 0 --sample-every 1000"
+FLAGS += " --max-new-tokens 20 --eval-every 0 --save-every 0 --sample-every 1000 --decay-steps 0"
 RUNS = {
     "defaults": [],
     "no-reference": ["--beta", "0", "--checkpoint-layers", "2"],

@@ -34,7 +34,7 @@ from harness.runlog import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--preset tiny --device cpu --prompts-per-step 4 --group-size 2 --image-size 84"
-FLAGS += " --max-new-tokens 24 --eval-every 2 --eval-examples 3 --save-every 2"
+FLAGS += " --max-new-tokens 24 --eval-every 2 --eval-examples 3 --save-every 2 --decay-steps 0"
 TIMED = ("_s", "peak_gib")  # name endings of metrics that differ between runs
 FAILURES = [(0, checkpoint, "check_room"), (1, torch, "save"), (0, checkpoint, "move_into_place")]
 RUNS = {"full": ["--sync-reference-every", "3"], "adapter": ["--lora-rank", "2", "--lr", "1e-3"]}

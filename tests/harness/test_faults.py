@@ -37,7 +37,7 @@ import faults  # noqa: E402
 
 FLAGS = "--preset tiny --device cpu --steps 5 --prompts-per-step 2 --group-size 2 --image-size 84"
 FLAGS += " --save-every 2 --eval-every 2 --eval-examples 2 --sample-every 1"
-FLAGS += " --sync-reference-every 2"
+FLAGS += " --sync-reference-every 2 --decay-steps 0"
 ALL_LINES = {"metrics": 5, "evaluations": 4, "samples": 5}
 
 
@@ -299,7 +299,7 @@ def test_a_folder_named_like_a_package_is_none(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--lr 1e-3", "--lr 0.001: the run has 3e-05, and would become a different run"),
+        ("--lr 1e-3", "--lr 0.001: the run has 8e-05, and would become a different run"),
         ("--seed 1", "--seed 1: the run has 0"),
         ("--preset tiny", "--preset tiny: a resumed run keeps its own flags"),
         ("--steps 2", "3 steps are done; --steps 2 must be larger"),
