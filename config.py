@@ -99,7 +99,7 @@ class Config:
     )
     reference_mix: float = option(0.6, "the policy's share in a reference update", above=0, most=1)
     # optimizer
-    lr: float = option(2e-6, "learning rate after warm-up", above=0, most=1)
+    lr: float = option(2e-6, "learning rate between warm-up and decay", above=0, most=1)
     warmup_steps: int = option(20, "steps of linear warm-up", least=0)
     decay_steps: int = option(
         0, "last steps, in which the learning rate falls linearly; 0: it stays", least=0
@@ -353,8 +353,9 @@ def check_same_run(saved: Config, given: dict) -> None:
     """Raise `ValueError` for a flag that would change what a resumed run computes."""
     if saved.decay_steps and given.get("steps", saved.steps) != saved.steps:
         raise ValueError(
-            f"--steps {given['steps']}: the run has {saved.steps}, and with --decay-steps its "
-            "learning rate depends on them"
+            f"--steps {given['steps']}: the run has {saved.steps}, and its learning rate depends "
+            f"on them (--decay-steps {saved.decay_steps}). Start a new run; one with "
+            "--decay-steps 0 can be extended"
         )
     options = dataclasses.fields(Config)
     free = [option_field.name for option_field in options if option_field.metadata["free"]]

@@ -1,7 +1,7 @@
 """Write one HTML page about a run: its curves, and sampled completions token by token.
 
 python report.py RUN                      # writes RUN/report.html
-python report.py RUN --steps 0,100,190    # shows only these steps of samples.jsonl
+python report.py RUN --steps 0,50,110    # shows only these steps of samples.jsonl
 
 The page is a single file and loads nothing else. A completion can contain anything, so Jinja2
 escapes every text, and the page's security policy stops every script but its own.
@@ -438,11 +438,11 @@ def check_place(path: Path) -> None:
 
 
 def step_numbers(text: str | None) -> list[int] | None:
-    """Return the numbers in a list such as "0,100,190". Raises `PlotError`."""
+    """Return the numbers in a list such as "0,50,110". Raises `PlotError`."""
     try:
         return None if text is None else [int(step) for step in text.split(",")]
     except ValueError as error:
-        raise PlotError(f"--steps {text}: must be step numbers like 0,100,190") from error
+        raise PlotError(f"--steps {text}: must be step numbers like 0,50,110") from error
 
 
 def main(arguments: list[str] | None = None) -> None:

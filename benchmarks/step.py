@@ -1,13 +1,13 @@
 """Time a training step of the tiny model on a CPU: our trainer against two peers.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step.py                      # about 8 minutes on 2 cores; run it alone
+    python benchmarks/step.py                      # some minutes on 2 cores; run it alone
     python benchmarks/step.py --trainers own       # only our trainer
 
 On a GPU, with a checkpoint of the 7B model's shape (random_checkpoint.py writes one):
 
     python benchmarks/step.py --device cuda --model DIR --trainers own,naive,static,trl --steps 4 \\
-        --rounds 1 --prompts 4 --max-new-tokens 250 --rows-per-pass 4
+        --rounds 1 --prompts 4 --group-size 8 --max-new-tokens 250 --rows-per-pass 4 --lr 1e-6
 
 The trainers run in turn, each in a process of its own, for several rounds. Numbers are medians over
 all steps but the first of each round. Checkpoint, plots, group size, lengths, rewards and loss are

@@ -353,6 +353,7 @@ def save_policy(loaded: Loaded, folder: Path) -> None:
         loaded.adapter.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink()  # peft's empty model card
         loaded.policy.generation_config.save_pretrained(folder)
+        let_others_read(folder)
     save_files(loaded, folder)
 
 
@@ -379,9 +380,6 @@ def save_files(loaded: Loaded, folder: Path) -> None:
             (folder / name).write_bytes(content)
         elif (folder / CONFIG).exists():
             (folder / CONFIG).write_bytes(with_dtype(content, loaded.policy.dtype))
-    mode = (folder / "generation_config.json").stat().st_mode
-    for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
-        weights.chmod(mode)
 
 
 def with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
@@ -401,6 +399,14 @@ def save_weights(model, folder: Path) -> None:
     """Write a model to a folder, for `from_pretrained`, without a progress bar."""
     with progress_bar(False):
         model.save_pretrained(folder)
+    let_others_read(folder)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give weights the mode of the files beside them: safetensors keeps them for their owner."""
+    mode = (folder / "generation_config.json").stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)
 
 
 @torch.no_grad()

@@ -460,12 +460,12 @@ def main() -> None:
 
 
 def rounded(value):
-    """Return the value with every number in it rounded to four decimals."""
+    """Return the value with every number in it rounded to six decimals."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
+    return round(value, 6) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ wide-batch-std  experiments/ablate.py batch-std WIDE
 wide-no-std     experiments/ablate.py std WIDE
 wide-4x32       main.py WIDE --prompts-per-step 4 --group-size 32
 ex               main.py SHORT
-ex-pairs         main.py SHORT --group-size 2 --prompts-per-step 64 --micro-batch 64
+ex-pairs         main.py SHORT --group-size 2 --prompts-per-step 64
 ex-no-std        experiments/ablate.py std SHORT
 ex-area          main.py SHORT --reward-weights 1,0,0
 ex-rloo          experiments/ablate.py rloo SHORT
