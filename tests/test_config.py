@@ -121,7 +121,7 @@ def test_bad_input_is_one_line(flags, told, capsys, tmp_path):
 
 def test_a_run_whose_rate_decays_keeps_its_steps():
     saved = Config(steps=5, decay_steps=2)
-    with pytest.raises(ValueError, match="--steps 7: the run has 5, and with --decay-steps"):
+    with pytest.raises(ValueError, match="--steps 7: the run has 5, and its learning rate"):
         check_same_run(saved, {"steps": 7})
     check_same_run(saved, {"steps": 5})
     check_same_run(Config(steps=5), {"steps": 7})
