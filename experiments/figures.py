@@ -96,6 +96,7 @@ EXERCISE_COLUMNS = {  # key of metrics.jsonl: heading, factor, format
     "area_format_reward": ("decimals", 1, ".2f"),
     "xml_format_reward": ("XML", 1, ".2f"),
     "completion_length_mean": ("tokens", 1, ".1f"),
+    "shape_named": ("class named, %", 100, ".0f"),
     "answer_follows": ("answer follows, %", 100, ".0f"),
     "no_spread_share": ("no spread, %", 100, ".0f"),
     "clip_fraction": ("clipped, %", 100, ".2f"),
