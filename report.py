@@ -1,7 +1,7 @@
 """Write one HTML page about a run: its curves, and sampled completions token by token.
 
 python report.py RUN                      # writes RUN/report.html
-python report.py RUN --steps 0,50,110    # shows only these steps of samples.jsonl
+python report.py RUN --steps 0,50,110     # shows only these steps of samples.jsonl
 
 The page is a single file and loads nothing else. A completion can contain anything, so Jinja2
 escapes every text, and the page's security policy stops every script but its own.

@@ -214,7 +214,7 @@ def test_steps_are_chosen(make_run, capsys):
         run, capsys, "--steps", "0,5"
     )
     for steps in ("0-3", "x", "", "0,", "1.5"):
-        told = f"error: --steps {steps}: must be step numbers like 0,100,190"
+        told = f"error: --steps {steps}: must be step numbers like 0,50,110"
         assert refused(run, capsys, "--steps", steps).endswith(told)
 
 
