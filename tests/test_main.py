@@ -286,6 +286,9 @@ def test_the_reference_follows_the_policy_when_asked(tmp_path):
     train(config, loaded, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["kl"] for line in lines] == [0.0, 0.0, 0.0]
+    (step,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert (step / "reference" / "model.safetensors").exists()
+    check_readable_as_any_new_file(step)
 
 
 # --- trackers -----------------------------------------------------------------------------
