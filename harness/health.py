@@ -130,7 +130,8 @@ class Health:
         if self.history and self.history[-1]["skipped"]:
             raise Unhealthy(
                 f"the last step was skipped ({self.history[-1]['not_finite']} not finite), so "
-                f"final/ has not been saved. Start a new run with a lower --lr or a higher --beta"
+                f"final/ has not been saved. More steps (--resume, --steps) may help, unless the "
+                f"rate decays; otherwise start a new run with a lower --lr or a higher --beta"
             )
 
 

@@ -193,7 +193,9 @@ def test_the_tables_in_the_docs_are_those_of_the_results(name):
     found = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
     _, tabulate, _ = figures.ENTRIES[name]
     page = ROOT / "docs" / ("exercises.md" if name == "exercises" else "results.md")
+    printed = (ROOT / "experiments" / "results" / f"{name}.txt").read_text()
     assert tabulate(found["numbers"]) in page.read_text()
+    assert tabulate(found["numbers"]) in printed
     commits = {run["git_commit"] for run in [found["made_by"], *found["made_by"]["runs"].values()]}
     assert not any(commit.endswith("+changes") for commit in commits)
 
