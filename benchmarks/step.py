@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,17 +87,19 @@ def measure(name: str, task: Task, steps: int) -> tuple[list[dict], float]:
     file = Path(__file__) if name == "own" else ROOT / "benchmarks" / "peers.py"
     command = [sys.executable, str(file), *([] if name == "own" else [name])]
     command += ["--own-process"] if name == "own" else []
-    child = subprocess.Popen(
-        [*command, "--steps", str(steps), *flags_of(task)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    lines = child.stdout.read().splitlines()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status or len(lines) != steps:
-        sys.exit(f"{' '.join(command)}: failed; run it alone to see why")
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            [*command, "--steps", str(steps), *flags_of(task)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        lines = child.stdout.read().splitlines()
+        _, status, usage = os.wait4(child.pid, 0)
+        if status or len(lines) != steps:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)}: failed:\n{errors.read()[-3000:]}")
     found = [json.loads(line) for line in lines]
     return found[1:], found[-1].get("peak_gib", usage.ru_maxrss / 2**20)
 
