@@ -313,7 +313,8 @@ def prepare(config: Config, parsed: Namespace) -> tuple[Config, Loaded, RunLog, 
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     runs.connect_processes(config.prompts_per_step, on_cpu=on_cpu)
     if run:
-        saved = runs.checkpoint_to_resume(run, **config.pick("steps", "model", "merge"))
+        options = config.pick("steps", "decay_steps", "model", "merge")
+        saved = runs.checkpoint_to_resume(run, **options)
     else:
         default_name = getattr(parsed, "preset", None) or Path(config.model).resolve().name
         folders = runs.candidate_folders(Path(config.runs), config.name, default_name=default_name)

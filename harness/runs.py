@@ -69,7 +69,9 @@ def candidate_folders(parent: Path, name: str, *, default_name: str) -> Iterable
     return [folder]
 
 
-def checkpoint_to_resume(run: Path, *, steps: int, model: str, merge: bool) -> Path | None:
+def checkpoint_to_resume(
+    run: Path, *, steps: int, decay_steps: int, model: str, merge: bool
+) -> Path | None:
     """Return the checkpoint that a run resumes from; None if it died before its first one.
 
     Raises `ValueError` if no step is left, or if the optimizer state has not been saved.
@@ -82,7 +84,11 @@ def checkpoint_to_resume(run: Path, *, steps: int, model: str, merge: bool) -> P
     is_final = checkpoint.steps_of(run / "final") == done
     is_to_merge = merge and (run / "final" / "adapter_config.json").is_file()
     if steps < done or (steps == done and is_final and not is_to_merge):
-        raise ValueError(f"--resume {run}: {done} steps are done; --steps {steps} must be larger")
+        way_on = f"--steps {steps} must be larger"
+        if decay_steps:  # then `config.check_same_run` refuses more steps
+            final = shlex.quote(str(run / "final"))
+            way_on = f"a new run can start from its weights: --model {final}"
+        raise ValueError(f"--resume {run}: {done} steps are done; {way_on}")
     if steps > done and not checkpoint.has_optimizer(saved[-1]):
         raise ValueError(
             f"--resume {run}: {saved[-1].name} has no optimizer state (--no-save-optimizer). A new "

@@ -319,6 +319,15 @@ def test_a_run_that_is_done(whole, capsys):
     assert "5 steps are done" in refused(capsys, "--resume", str(whole))
 
 
+def test_no_more_steps_are_proposed_to_a_run_whose_rate_has_ended(whole):
+    """More steps would be refused, because the learning rate depends on their number."""
+    options = {"steps": 5, "model": str(whole / "final"), "merge": False}
+    with pytest.raises(ValueError, match=r"5 steps are done; a new run can start from .*/final"):
+        runs.checkpoint_to_resume(whole, decay_steps=2, **options)
+    with pytest.raises(ValueError, match="5 steps are done; --steps 5 must be larger"):
+        runs.checkpoint_to_resume(whole, decay_steps=0, **options)
+
+
 def test_a_checkpoint_is_not_a_run(whole, capsys):
     for part in (newest_of(whole), whole / "final"):
         assert "is only part of a run; must be the run's" in refused(capsys, "--resume", str(part))
