@@ -324,6 +324,7 @@ def trl_settings(task: Task, steps: int) -> dict:
         "max_grad_norm": MAX_GRAD_NORM,
         "shuffle_dataset": False,
         "seed": task.seed,
+        "cache_implementation": None if task.cache == "dynamic" else task.cache,
         "use_cpu": task.device == "cpu",
         "bf16": False,  # no autocast: on a GPU the weights themselves are bf16
         "model_init_kwargs": {"dtype": task.dtype},
@@ -389,12 +390,17 @@ class StepLog(TrainerCallback):
 # --- command line -----------------------------------------------------------------------
 
 
-def static_steps(task: Task, steps: int, report: Report) -> None:
-    """Report the timings of `naive_steps` with transformers' static cache."""
-    naive_steps(dataclasses.replace(task, cache="static"), steps, report)
+def with_static_cache(steps_of: Callable) -> Callable:
+    """Return the function of a peer that samples with transformers' static cache."""
+    return lambda task, *rest: steps_of(dataclasses.replace(task, cache="static"), *rest)
 
 
-PEERS = {"naive": naive_steps, "static": static_steps, "trl": trl_steps}
+PEERS = {
+    "naive": naive_steps,
+    "static": with_static_cache(naive_steps),
+    "trl": trl_steps,
+    "trl-static": with_static_cache(trl_steps),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,13 +1,14 @@
 """Time a training step of the tiny model on a CPU: our trainer against two peers.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step.py                      # some minutes on 2 cores; run it alone
+    python benchmarks/step.py                      # on 2 cores; run it alone
     python benchmarks/step.py --trainers own       # only our trainer
 
 On a GPU, with a checkpoint of the 7B model's shape (random_checkpoint.py writes one):
 
-    python benchmarks/step.py --device cuda --model DIR --trainers own,naive,static,trl --steps 4 \\
-        --rounds 1 --prompts 4 --group-size 8 --max-new-tokens 250 --rows-per-pass 4 --lr 1e-6
+    python benchmarks/step.py --device cuda --model DIR --prompts 4 --group-size 8 --lr 1e-6 \\
+        --trainers own,naive,static,trl,trl-static --steps 4 --rounds 1 --max-new-tokens 250 \\
+        --rows-per-pass 4
 
 The trainers run in turn, each in a process of its own, for several rounds. Numbers are medians over
 all steps but the first of each round. Checkpoint, plots, group size, lengths, rewards and loss are
@@ -40,8 +41,9 @@ from engine.passes import PassSize  # noqa: E402
 TRAINERS = {
     "own": "this trainer",
     "naive": "stock transformers, repeated images",
-    "static": "the same, static cache",
+    "static": "stock transformers, static cache",
     "trl": "TRL's GRPOTrainer",
+    "trl-static": "TRL's GRPOTrainer, static cache",
 }
 PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
 
