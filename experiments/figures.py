@@ -201,7 +201,7 @@ def draw_named(axes, names: dict[str, str], key: str) -> None:
     for label, name in names.items():
         runs = [RUNS / f"{name}-seed{seed}" for seed in SEEDS]
         x, y = averages(runs, key, window=WINDOW, axis="prompts")
-        (line,) = axes.plot(x, y.mean(0), label=label)
+        (line,) = axes.plot(x, y.mean(0), label=label.replace("`", ""))
         axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
 
 

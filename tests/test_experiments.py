@@ -181,7 +181,7 @@ def test_a_part_that_is_not_known_is_refused(monkeypatch):
 # --- figures and reproduce.sh -------------------------------------------------------------
 
 
-PENDING = {"rate", "wide"}  # entries that nobody has made yet
+PENDING = {"wide"}  # entries that nobody has made yet
 
 
 def test_what_is_pending_has_no_results():
