@@ -18,6 +18,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 from peers import Task, add_flags, flags_of, task_of
-from step import ROOT, TRAINERS
+from step import ROOT, TRAINERS, end_of
 
 WINDOW = 10  # steps per mean
 
@@ -35,31 +36,37 @@ def seconds_to(target: float, name: str, task: Task, steps: int) -> tuple[float,
     folder = ROOT / "benchmarks"
     command = [str(folder / "step.py"), "--own-process"] if name == "own" else []
     command = command or [str(folder / "peers.py"), name]
-    child = subprocess.Popen(
-        [sys.executable, *command, "--steps", str(steps), *flags_of(task)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    seconds, rewards = 0.0, []
-    try:
-        for line in child.stdout:
-            step = json.loads(line)
-            seconds += step["step_s"]
-            rewards.append(step["area_reward"])
-            if len(rewards) >= WINDOW and statistics.fmean(rewards[-WINDOW:]) >= target:
-                return seconds, len(rewards)
-    finally:
-        child.send_signal(signal.SIGINT)  # TRL removes its folder
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        child = subprocess.Popen(
+            [sys.executable, *command, "--steps", str(steps), *flags_of(task)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        seconds, rewards = 0.0, []
         try:
-            child.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-    if len(rewards) < steps:
-        sys.exit(f"{' '.join(command)}: failed after {len(rewards)} steps; run it alone to see why")
+            for line in child.stdout:
+                step = json.loads(line)
+                seconds += step["step_s"]
+                rewards.append(step["area_reward"])
+                if len(rewards) >= WINDOW and statistics.fmean(rewards[-WINDOW:]) >= target:
+                    return seconds, len(rewards)
+        finally:
+            stop(child)
+        if len(rewards) < steps:
+            sys.exit(f"{' '.join(command)}: failed after {len(rewards)} steps:\n{end_of(errors)}")
     return None
+
+
+def stop(child: subprocess.Popen) -> None:
+    """Stop a process as Ctrl-C does, so that TRL removes its folder; kill it after 30 seconds."""
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def report(found: dict[str, list[tuple[float, int] | None]], steps: int) -> None:

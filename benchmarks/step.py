@@ -1,4 +1,4 @@
-"""Time a training step of the tiny model on a CPU: our trainer against two peers.
+"""Time a training step of the tiny model on a CPU: our trainer against its peers.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/step.py                      # on 2 cores; run it alone
@@ -7,12 +7,11 @@
 On a GPU, with a checkpoint of the 7B model's shape (random_checkpoint.py writes one):
 
     python benchmarks/step.py --device cuda --model DIR --prompts 4 --group-size 8 --lr 1e-6 \\
-        --trainers own,naive,static,trl,trl-static --steps 4 --rounds 1 --max-new-tokens 250 \\
-        --rows-per-pass 4
+        --trainers own,naive,static,trl --steps 4 --rounds 1 --max-new-tokens 250 --rows-per-pass 4
 
 The trainers run in turn, each in a process of its own, for several rounds. Numbers are medians over
 all steps but the first of each round. Checkpoint, plots, group size, lengths, rewards and loss are
-the same for all: those of `main.py --preset tiny`.
+the same for all: by default those of `main.py --preset tiny`.
 """
 
 import argparse
@@ -25,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 import transformers
@@ -43,7 +43,6 @@ TRAINERS = {
     "naive": "stock transformers, repeated images",
     "static": "stock transformers, static cache",
     "trl": "TRL's GRPOTrainer",
-    "trl-static": "TRL's GRPOTrainer, static cache",
 }
 PHASES = ("prompts_s", "rollout_s", "reference_s", "update_s")
 
@@ -89,7 +88,7 @@ def measure(name: str, task: Task, steps: int) -> tuple[list[dict], float]:
     file = Path(__file__) if name == "own" else ROOT / "benchmarks" / "peers.py"
     command = [sys.executable, str(file), *([] if name == "own" else [name])]
     command += ["--own-process"] if name == "own" else []
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
         child = subprocess.Popen(
             [*command, "--steps", str(steps), *flags_of(task)],
             stdout=subprocess.PIPE,
@@ -100,10 +99,15 @@ def measure(name: str, task: Task, steps: int) -> tuple[list[dict], float]:
         lines = child.stdout.read().splitlines()
         _, status, usage = os.wait4(child.pid, 0)
         if status or len(lines) != steps:
-            errors.seek(0)
-            sys.exit(f"{' '.join(command)}: failed:\n{errors.read()[-3000:]}")
+            sys.exit(f"{' '.join(command)}: failed:\n{end_of(errors)}")
     found = [json.loads(line) for line in lines]
     return found[1:], found[-1].get("peak_gib", usage.ru_maxrss / 2**20)
+
+
+def end_of(errors: IO[str]) -> str:
+    """Return the end of what a process wrote to a file, to be shown."""
+    errors.seek(0)
+    return errors.read()[-3000:]
 
 
 def report(measured: dict[str, tuple[list[dict], float]]) -> None:

@@ -362,7 +362,7 @@ def rate_figure(_: dict) -> Figure:
     for axes, key in zip(panels, ("area_correctness_reward", "answer_follows"), strict=True):
         draw_named(axes, RATE, key)
         axes.set(xlabel="prompts seen", ylabel=f"{key.replace('_', ' ')}, mean of {WINDOW} steps")
-    panels[0].set_title("the reward")
+    panels[0].set_title("the reward that each run was paid")
     panels[1].set_title("what it does not see: the answer follows from the reasoning")
     panels[0].legend(frameon=False, loc="lower right")
     return figure

@@ -82,13 +82,17 @@ def checkpoint_to_resume(
         return None
     done = checkpoint.steps_of(saved[-1])
     is_final = checkpoint.steps_of(run / "final") == done
-    is_to_merge = merge and (run / "final" / "adapter_config.json").is_file()
+    is_adapter = (run / "final" / "adapter_config.json").is_file()
+    is_to_merge = merge and is_adapter
     if steps < done or (steps == done and is_final and not is_to_merge):
-        way_on = f"--steps {steps} must be larger"
+        more = f"; --steps {steps} must be larger"
         if decay_steps:  # then `config.check_same_run` refuses more steps
-            final = shlex.quote(str(run / "final"))
-            way_on = f"a new run can start from its weights: --model {final}"
-        raise ValueError(f"--resume {run}: {done} steps are done; {way_on}")
+            merging = f"--resume {shlex.quote(str(run))} --merge, then " if is_adapter else ""
+            more = (
+                f", and the learning rate has ended (--decay-steps {decay_steps}). A new run can "
+                f"start from its weights: {merging}--model {shlex.quote(str(run / 'final'))}"
+            )
+        raise ValueError(f"--resume {run}: {done} steps are done{more}")
     if steps > done and not checkpoint.has_optimizer(saved[-1]):
         raise ValueError(
             f"--resume {run}: {saved[-1].name} has no optimizer state (--no-save-optimizer). A new "

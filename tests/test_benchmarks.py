@@ -20,6 +20,7 @@ import growth  # noqa: E402
 import peers  # noqa: E402
 import random_checkpoint  # noqa: E402
 import speedrun  # noqa: E402
+import step  # noqa: E402
 
 
 def run(*command: str) -> str:
@@ -115,9 +116,20 @@ def test_a_random_checkpoint_is_measured_like_any_other(tmp_path, capsys):
 def test_the_naive_peer_runs(capsys):
     peers.main(["naive", "--steps", "1"])
     (line,) = capsys.readouterr().out.splitlines()
-    step = json.loads(line)
-    assert step["completion_tokens"] > 64
-    assert step["prompt_tokens"] == 104
+    measured = json.loads(line)
+    assert measured["completion_tokens"] > 64
+    assert measured["prompt_tokens"] == 104
+
+
+def test_every_peer_has_a_name():
+    assert step.TRAINERS.keys() - {"own"} == peers.PEERS.keys()
+
+
+def test_a_trainer_that_fails_says_why():
+    task = peers.Task(model="/no/where")
+    for measure in (step.measure, lambda *rest: speedrun.seconds_to(2.5, *rest)):
+        with pytest.raises(SystemExit, match=r"(?s)failed.*/no/where: no such folder"):
+            measure("own", task, 2)
 
 
 def test_a_run_ends_when_the_mean_of_ten_steps_reaches_the_target(monkeypatch):

@@ -319,13 +319,19 @@ def test_a_run_that_is_done(whole, capsys):
     assert "5 steps are done" in refused(capsys, "--resume", str(whole))
 
 
-def test_no_more_steps_are_proposed_to_a_run_whose_rate_has_ended(whole):
+def test_no_more_steps_are_proposed_to_a_run_whose_rate_has_ended(whole, tmp_path, capsys):
     """More steps would be refused, because the learning rate depends on their number."""
-    options = {"steps": 5, "model": str(whole / "final"), "merge": False}
-    with pytest.raises(ValueError, match=r"5 steps are done; a new run can start from .*/final"):
-        runs.checkpoint_to_resume(whole, decay_steps=2, **options)
-    with pytest.raises(ValueError, match="5 steps are done; --steps 5 must be larger"):
-        runs.checkpoint_to_resume(whole, decay_steps=0, **options)
+    run = tmp_path / "decayed"
+    shutil.copytree(whole, run)
+    described = json.loads((run / "config.json").read_text())
+    described["config"]["decay_steps"] = 2
+    (run / "config.json").write_text(json.dumps(described))
+    told = refused(capsys, "--resume", str(run))
+    assert "5 steps are done, and the learning rate has ended (--decay-steps 2)" in told
+    assert told.endswith(f"start from its weights: --model {run}/final")
+    (run / "final" / "adapter_config.json").write_text("{}")
+    merging = f"its weights: --resume {run} --merge, then --model {run}/final"
+    assert refused(capsys, "--resume", str(run)).endswith(merging)
 
 
 def test_a_checkpoint_is_not_a_run(whole, capsys):
