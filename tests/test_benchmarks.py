@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 from pretended_gpu import FAST_FORMS, PretendedGPU
+from transformers import AutoProcessor
 
 from engine import fastpath
 
@@ -119,6 +120,17 @@ def test_the_naive_peer_runs(capsys):
     measured = json.loads(line)
     assert measured["completion_tokens"] > 64
     assert measured["prompt_tokens"] == 104
+
+
+def test_no_peer_samples_an_image_token():
+    """Stock transformers would look for its image, and fail. At this temperature all are likely."""
+    task = peers.Task(prompts=1, max_new_tokens=100, temperature=1e4)
+    processor, policy = AutoProcessor.from_pretrained(task.model), peers.load(task)
+    prompts = peers.encode_prompts(processor, [peers.draw(task, 0)], task.group_size)
+    _, completions, _ = peers.roll_out(policy, prompts, task, "dynamic")
+    sampled = set(completions.flatten().tolist())
+    assert len(sampled) > 0.8 * policy.config.text_config.vocab_size
+    assert policy.config.image_token_id not in sampled
 
 
 def test_every_peer_has_a_name():
