@@ -1,7 +1,7 @@
 """Time to a reward: seconds until samples earn 2.5 for their areas, beside two peers.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/speedrun.py                       # on 2 cores; run it alone
+    python benchmarks/speedrun.py                       # 35 minutes on 2 cores; run it alone
     python benchmarks/speedrun.py --trainers own        # only our trainer: to compare two commits
 
 All start from the same checkpoint, draw the same plots, and have the settings of `main.py --preset
