@@ -215,7 +215,7 @@ def roll_out(
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=task.max_new_tokens,
-        # stock transformers would miss an image for it; TRL excludes it too
+        # the passes would look for an image that belongs to it; TRL excludes it too
         suppress_tokens=[policy.config.image_token_id],
         cache_implementation=cache,
     )

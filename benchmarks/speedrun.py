@@ -13,7 +13,6 @@ in a process of its own.
 import argparse
 import json
 import math
-import os
 import signal
 import statistics
 import subprocess
@@ -25,25 +24,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from peers import Task, add_flags, flags_of, task_of
-from step import ROOT, TRAINERS, end_of
+from peers import Task, add_flags, task_of
+from step import TRAINERS, end_of, start
 
 WINDOW = 10  # steps per mean
 
 
 def seconds_to(target: float, name: str, task: Task, steps: int) -> tuple[float, int] | None:
     """Return the seconds and steps that a trainer takes to the target; None if it never does."""
-    folder = ROOT / "benchmarks"
-    command = [str(folder / "step.py"), "--own-process"] if name == "own" else []
-    command = command or [str(folder / "peers.py"), name]
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        child = subprocess.Popen(
-            [sys.executable, *command, "--steps", str(steps), *flags_of(task)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+        child = start(name, task, steps, errors)
         seconds, rewards = 0.0, []
         try:
             for line in child.stdout:
@@ -55,7 +45,8 @@ def seconds_to(target: float, name: str, task: Task, steps: int) -> tuple[float,
         finally:
             stop(child)
         if len(rewards) < steps:
-            sys.exit(f"{' '.join(command)}: failed after {len(rewards)} steps:\n{end_of(errors)}")
+            told = f"failed after {len(rewards)} steps:\n{end_of(errors)}"
+            sys.exit(f"{' '.join(child.args)}: {told}")
     return None
 
 

@@ -85,23 +85,27 @@ def measure(name: str, task: Task, steps: int) -> tuple[list[dict], float]:
 
     The peak, in GiB, is of GPU memory, or on a CPU of the process's RAM.
     """
-    file = Path(__file__) if name == "own" else ROOT / "benchmarks" / "peers.py"
-    command = [sys.executable, str(file), *([] if name == "own" else [name])]
-    command += ["--own-process"] if name == "own" else []
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        child = subprocess.Popen(
-            [*command, "--steps", str(steps), *flags_of(task)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+        child = start(name, task, steps, errors)
         lines = child.stdout.read().splitlines()
         _, status, usage = os.wait4(child.pid, 0)
         if status or len(lines) != steps:
-            sys.exit(f"{' '.join(command)}: failed:\n{end_of(errors)}")
+            sys.exit(f"{' '.join(child.args)}: failed:\n{end_of(errors)}")
     found = [json.loads(line) for line in lines]
     return found[1:], found[-1].get("peak_gib", usage.ru_maxrss / 2**20)
+
+
+def start(name: str, task: Task, steps: int, errors: IO[str]) -> subprocess.Popen:
+    """Start a trainer; it prints a line of JSON per step, and what goes wrong into a file."""
+    command = ["step.py", "--own-process"] if name == "own" else ["peers.py", name]
+    command[0] = str(ROOT / "benchmarks" / command[0])
+    return subprocess.Popen(
+        [sys.executable, *command, "--steps", str(steps), *flags_of(task)],
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
 
 
 def end_of(errors: IO[str]) -> str:

@@ -123,8 +123,8 @@ def test_the_naive_peer_runs(capsys):
     assert measured["prompt_tokens"] == 104
 
 
-def test_no_peer_samples_an_image_token():
-    """Stock transformers would fail for want of its image. So hot, all other tokens occur."""
+def test_the_stock_peer_samples_no_image_token():
+    """Stock transformers would look for its image, and fail. So hot, all other tokens occur."""
     torch.manual_seed(0)
     task = peers.Task(prompts=1, group_size=64, max_new_tokens=200, temperature=1e4)
     processor, policy = AutoProcessor.from_pretrained(task.model), peers.load(task)
